@@ -1,0 +1,304 @@
+"""Binds packed weights to the compiled graph, so that no weight travels through AOT's wrapper on every call.
+
+Dynamo hands the backend a graph whose parameters are inputs. Here a copy of that graph is made in which each packed
+weight is three buffers and one ``dequantize_nvfp4`` call for each user; Inductor's freezing then turns the buffers
+into constants. Plain weights that only feed contractions are packed first. Dynamo reads its own graph afterwards, so
+that one is left as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from dsv4_compile.options import Options
+from dsv4_compile.quantization import ineligible_reason
+from dsv4_compile.tensor import Nvfp4Tensor
+
+INVOKE_SUBGRAPH = torch.ops.higher_order.invoke_subgraph
+
+
+@dataclass
+class Weight:
+    """One weight of a compiled graph."""
+
+    name: str
+    shape: tuple[int, ...]
+    num_bytes: int
+    packed: Nvfp4Tensor | None
+    reason: str = ""
+
+
+@dataclass
+class BoundGraph:
+    """A copy of Dynamo's graph with its packed weights bound, and how to call what is compiled from it.
+
+    Attributes:
+        gm: the copy; buffers named ``dsv4_weight_<i>_<part>`` hold the packed parts.
+        kept: indices of Dynamo's inputs that remain inputs.
+        weights: the bound weights by ``<i>``, then the plain ones that were left alone, with reasons.
+        packed_here: plain parameters that were packed at compile time.
+    """
+
+    gm: fx.GraphModule
+    kept: list[int]
+    weights: list[Weight] = field(default_factory=list)
+    packed_here: list[Tensor] = field(default_factory=list)
+
+
+def bind_weights(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> BoundGraph:
+    """Returns a copy of ``gm`` with every packed or packable weight bound as buffers.
+
+    Args:
+        gm: the graph Dynamo captured, parameters as placeholders.
+        example_inputs: the real inputs, parameters included.
+        options: which plain weights to pack.
+    """
+    bound = BoundGraph(_copy_graph(gm), [])
+    left_alone: list[Weight] = []
+    operands: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]] = {}
+    for index, (node, value) in enumerate(zip(bound.gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)):
+        packed = value if isinstance(value, Nvfp4Tensor) else None
+        if packed is None and isinstance(value, torch.nn.Parameter) and value.dim() in (2, 3):
+            name = parameter_name(node)
+            reason = _reason_to_leave(bound.gm, node, name, value, options)
+            if reason is None:
+                packed = _pack_once(value)
+                bound.packed_here.append(value)
+            else:
+                num_bytes = value.numel() * value.element_size()
+                left_alone.append(Weight(name, tuple(value.shape), num_bytes, None, reason))
+        if packed is None:
+            bound.kept.append(index)
+            continue
+        number = len(bound.weights)
+        bound.weights.append(
+            Weight(parameter_name(node), tuple(packed.shape), packed.packed_bytes, packed)
+        )
+        operands[node] = _register(bound.gm, number, packed, node)
+    _replace_by_parts(bound.gm, operands, {node: node.meta["example_value"].dtype for node in operands})
+    for node in operands:
+        bound.gm.graph.erase_node(node)
+    bound.weights.extend(left_alone)
+    bound.gm.graph.lint()
+    bound.gm.recompile()
+    return bound
+
+
+def parameter_name(placeholder: fx.Node) -> str:
+    """``L['self']._modules['layers']._modules['0']._parameters['weight']`` as ``layers.0.weight``."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    text = placeholder.name if source is None else source.name
+    text = text() if callable(text) else text
+    text = re.sub(r"^L\['(\w+)'\]", "", text)
+    text = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", text)
+    text = re.sub(r"\[(\d+)\]", r".\1", text)
+    return text.removeprefix(".").removeprefix("_orig_mod.")
+
+
+def _copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """Copies a graph and the subgraphs it calls; parameters and buffers are shared."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, copies)
+    original_output = next(iter(gm.graph.find_nodes(op="output")))
+    graph.output(output).meta.update(original_output.meta)
+    copy = fx.GraphModule(gm, graph)
+    copy.meta.update(gm.meta)
+    for original, node in copies.items():
+        if original.op == "placeholder" and hasattr(original, "_dynamo_source"):
+            node._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
+    for name, child in gm.named_children():
+        if isinstance(child, fx.GraphModule):
+            setattr(copy, name, _copy_graph(child))
+    return copy
+
+
+def _register(gm: fx.GraphModule, number: int, packed: Nvfp4Tensor, before: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
+    nodes = []
+    last_placeholder = gm.graph.find_nodes(op="placeholder")[-1]
+    with gm.graph.inserting_after(last_placeholder):
+        for part in ("codes", "block_scales", "global_scale"):
+            name = f"dsv4_weight_{number}_{part}"
+            gm.register_buffer(name, getattr(packed, part))
+            nodes.append(gm.graph.get_attr(name))
+    return nodes[0], nodes[1], nodes[2]
+
+
+def _replace_by_parts(
+    gm: fx.GraphModule,
+    operands: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]],
+    dtypes: dict[fx.Node, torch.dtype],
+) -> None:
+    """Gives each user of a packed node its own dequantize call, and subgraphs the parts as operands."""
+    calls = [node for node in gm.graph.find_nodes(op="call_function", target=INVOKE_SUBGRAPH)]
+    by_subgraph: dict[str, list[fx.Node]] = {}
+    for call in calls:
+        by_subgraph.setdefault(call.args[0].target, []).append(call)  # type: ignore[union-attr, arg-type]
+    for target, group in by_subgraph.items():
+        _pass_parts_to_subgraph(getattr(gm, target), group, operands, dtypes)
+    for node, parts in operands.items():
+        for user in list(node.users):
+            with gm.graph.inserting_before(user):
+                weight = gm.graph.call_function(torch.ops.dsv4.dequantize_nvfp4.default, (*parts, dtypes[node]))
+            weight.meta.update(user.meta)
+            weight.meta.pop("example_value", None)
+            user.replace_input_with(node, weight)
+
+
+def _pass_parts_to_subgraph(
+    subgraph: fx.GraphModule,
+    calls: list[fx.Node],
+    operands: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]],
+    dtypes: dict[fx.Node, torch.dtype],
+) -> None:
+    """Replaces operands that are packed in every call by their three parts, inside and outside.
+
+    An operand that is packed in some calls only is dequantised outside those calls.
+    """
+    inner: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]] = {}
+    inner_dtypes: dict[fx.Node, torch.dtype] = {}
+    new_arguments: list[list[Any]] = [list(call.args[:2]) for call in calls]
+    for position, placeholder in enumerate(subgraph.graph.find_nodes(op="placeholder")):
+        arguments = [call.args[2 + position] for call in calls]
+        packed = all(argument in operands for argument in arguments)
+        for call_arguments, argument in zip(new_arguments, arguments, strict=True):
+            call_arguments.extend(operands[argument] if packed else (argument,))  # type: ignore[index, arg-type]
+        if packed:
+            with subgraph.graph.inserting_before(placeholder):
+                inner[placeholder] = tuple(  # type: ignore[assignment]
+                    subgraph.graph.placeholder(f"{placeholder.name}_{part}")
+                    for part in ("codes", "block_scales", "global_scale")
+                )
+            inner_dtypes[placeholder] = dtypes[arguments[0]]  # type: ignore[index]
+    for call, call_arguments in zip(calls, new_arguments, strict=True):
+        call.args = tuple(call_arguments)
+    _replace_by_parts(subgraph, inner, inner_dtypes)
+    for placeholder in inner:
+        subgraph.graph.erase_node(placeholder)
+    subgraph.graph.lint()
+    subgraph.recompile()
+
+
+@dataclass
+class _PackedParameter:
+    packed: Nvfp4Tensor
+    version: int
+
+
+_packed_parameters: Any = WeakTensorKeyDictionary()
+
+
+def _pack_once(parameter: Tensor) -> Nvfp4Tensor:
+    """Packs a plain parameter, once for all the graphs that share it; again, in place, when its values changed."""
+    version = -1 if parameter.is_inference() else parameter._version
+    entry: _PackedParameter | None = _packed_parameters.get(parameter)
+    with torch.inference_mode(False), torch.no_grad():
+        if entry is None:
+            entry = _PackedParameter(Nvfp4Tensor.from_float(parameter), version)
+            _packed_parameters[parameter] = entry
+        elif entry.version != version:
+            entry.packed.copy_(parameter)
+            entry.version = version
+    return entry.packed
+
+
+def runner(compiled: Callable[..., Any], bound: BoundGraph) -> Callable[..., Any]:
+    """Wraps the compiled function so that it takes Dynamo's inputs, and so that updated weights are packed again.
+
+    A plain parameter that was packed at compile time and is written to in place afterwards (``load_state_dict``,
+    an optimiser) is packed again, into the same buffers, before the next call. Reading the version counters costs
+    0.05 us a weight.
+    """
+    if not bound.kept:
+        select: Callable[[Sequence[Any]], Sequence[Any]] = lambda inputs: ()  # noqa: E731
+    elif len(bound.kept) == 1:
+        only = bound.kept[0]
+        select = lambda inputs: (inputs[only],)  # noqa: E731
+    else:
+        select = operator.itemgetter(*bound.kept)
+
+    plain_weights = [plain for plain in bound.packed_here if not plain.is_inference()]
+    if not plain_weights:
+        return lambda *inputs: compiled(*select(inputs))
+
+    read_version = operator.attrgetter("_version")
+    versions = list(map(read_version, plain_weights))
+
+    def call(*inputs: Any) -> Any:
+        current = list(map(read_version, plain_weights))
+        if current != versions:
+            for plain in plain_weights:
+                _pack_once(plain)
+            versions[:] = current
+        return compiled(*select(inputs))
+
+    return call
+
+
+# How a weight may reach the contraction that reads it. Anything else (an embedding look-up, arithmetic on the weight,
+# a returned weight) means that its plain values matter, and it is left alone.
+_TRANSPOSES_LAST_TWO = {"t", "T", "mT"}
+_LINEAR_FUNCTIONS = {torch._C._nn.linear, torch.nn.functional.linear}
+_MATMUL_FUNCTIONS = {torch.matmul, operator.matmul, torch.mm}
+
+
+def _reason_to_leave(gm: fx.GraphModule, node: fx.Node, name: str, weight: Tensor, options: Options) -> str | None:
+    if not options.quantize_weights:
+        return "plain weight, and quantize_weights is off"
+    if (reason := ineligible_reason(name, weight, options.include, options.exclude)) is not None:
+        return reason
+    return _use_that_is_no_contraction(gm, node, transposed=False)
+
+
+def _use_that_is_no_contraction(gm: fx.GraphModule, node: fx.Node, transposed: bool) -> str | None:
+    """Names a use of a weight [N, K] that is no contraction over K, or None when there is none."""
+    for user in node.users:
+        if user.target is INVOKE_SUBGRAPH:
+            subgraph = getattr(gm, user.args[0].target)  # type: ignore[union-attr, arg-type]
+            placeholders = subgraph.graph.find_nodes(op="placeholder")
+            for position, argument in enumerate(user.args[2:]):
+                if argument is node:
+                    reason = _use_that_is_no_contraction(subgraph, placeholders[position], transposed)
+                    if reason is not None:
+                        return reason
+        elif _swaps_last_two(user, node):
+            reason = _use_that_is_no_contraction(gm, user, not transposed)
+            if reason is not None:
+                return reason
+        elif not _contracts(user, node, transposed):
+            target = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", user.target)
+            return f"used by {target}, which is no linear over its last dimension"
+    return None if node.users else "not used"
+
+
+def _swaps_last_two(user: fx.Node, weight: fx.Node) -> bool:
+    if user.op == "call_method" and user.target in _TRANSPOSES_LAST_TWO:
+        return True
+    if user.target is getattr and user.args[1:] and user.args[1] in _TRANSPOSES_LAST_TWO:
+        return True
+    is_transpose = user.target in ("transpose", torch.transpose, torch.t, torch.permute, "permute")
+    if not is_transpose:
+        return False
+    dims = user.args[1] if len(user.args) == 2 and isinstance(user.args[1], (tuple, list)) else user.args[1:]
+    rank = weight.meta["example_value"].dim()
+    return rank == 2 and sorted(dim % rank for dim in dims) == [0, 1] or dims == ()  # type: ignore[operator, union-attr]
+
+
+def _contracts(user: fx.Node, weight: fx.Node, transposed: bool) -> bool:
+    if weight.meta["example_value"].dim() != 2:
+        return False
+    if user.target in _LINEAR_FUNCTIONS:
+        return not transposed and user.args[1] is weight and user.args[0] is not weight
+    if user.target in _MATMUL_FUNCTIONS or (user.op == "call_method" and user.target in ("matmul", "mm")):
+        return transposed and user.args[1] is weight and user.args[0] is not weight
+    if user.target in (torch.addmm, "addmm"):
+        return transposed and user.args[2] is weight and weight not in user.args[:2]
+    return False

@@ -1,0 +1,220 @@
+"""``Nvfp4Tensor``: a packed weight that stands in for a parameter of an eager model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+from dsv4_compile import nvfp4
+from dsv4_compile.ops import dequantize_nvfp4
+from dsv4_compile.ops.registration import check_packed
+
+aten = torch.ops.aten
+
+_PARTS = ("codes", "block_scales", "global_scale")
+
+
+class Nvfp4Tensor(torch.Tensor):
+    """An NVFP4 weight [N, K] or stacked experts [E, N, K] that behaves as a tensor of ``dtype``.
+
+    In eager mode every operation on it dequantises, so a model that holds such parameters stays runnable and is the
+    weight-dequantised reference. ``torch.compile(backend="dsv4")`` reads the packed parts instead. Moving, cloning,
+    copying into, slicing along the first dimension and indexing experts keep it packed.
+
+    Args:
+        codes: uint8 [..., N, K/2], even k in the low nibble.
+        block_scales: float8_e4m3fn [..., N, K/16], row-major.
+        global_scale: fp32, 0-d for one matrix; [E] for experts; [S] or [E, S] for S equal row segments (gate and up
+            merged in one weight, each with its own).
+        dtype: the float dtype it stands for.
+
+    Raises:
+        RuntimeError: dtypes or shapes that do not belong together.
+    """
+
+    codes: Tensor
+    block_scales: Tensor
+    global_scale: Tensor
+
+    @staticmethod
+    def __new__(
+        cls, codes: Tensor, block_scales: Tensor, global_scale: Tensor, dtype: torch.dtype = torch.bfloat16
+    ) -> Nvfp4Tensor:
+        check_packed("Nvfp4Tensor", "", codes, block_scales, global_scale)
+        torch._check(
+            codes.dim() in (2, 3), lambda: f"Nvfp4Tensor: codes must be 2-D or 3-D, got shape {tuple(codes.shape)}"
+        )
+        shape = (*codes.shape[:-1], 2 * codes.shape[-1])
+        wrapper: Nvfp4Tensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, dtype=dtype, device=codes.device, requires_grad=False
+        )
+        return wrapper
+
+    def __init__(
+        self, codes: Tensor, block_scales: Tensor, global_scale: Tensor, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        self.codes = codes
+        self.block_scales = block_scales
+        self.global_scale = global_scale
+
+    @classmethod
+    def from_float(cls, weight: Tensor) -> Nvfp4Tensor:
+        """Quantises a weight [N, K] or experts [E, N, K] with ``max|w| / 2688`` as each matrix's global scale.
+
+        Raises:
+            ValueError: not a float tensor of 2 or 3 dimensions with K % 16 == 0, or NaN or Inf in it.
+        """
+        if not weight.is_floating_point() or weight.dim() not in (2, 3) or weight.shape[-1] % nvfp4.BLOCK_SIZE:
+            raise ValueError(
+                "Nvfp4Tensor.from_float: weight must be a float tensor [N, K] or [E, N, K] with K divisible by "
+                f"{nvfp4.BLOCK_SIZE}, got {weight.dtype} {tuple(weight.shape)}"
+            )
+        with torch.no_grad():
+            return cls(*nvfp4.quantize_weight(weight.detach()), dtype=weight.dtype)
+
+    def dequantize(self) -> Tensor:  # type: ignore[override]
+        """The plain tensor of ``self.dtype`` that this weight stands for."""
+        return dequantize_nvfp4(self.codes, self.block_scales, self.global_scale, self.dtype)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes that codes, block scales and global scale take."""
+        return sum(part.numel() * part.element_size() for part in self._parts())
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.codes, self.block_scales, self.global_scale
+
+    def _map(self, fn: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> Nvfp4Tensor:
+        return Nvfp4Tensor(*(fn(part) for part in self._parts()), dtype=dtype or self.dtype)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        kind = "Parameter(Nvfp4Tensor" if getattr(self, "_is_param", False) else "Nvfp4Tensor"
+        scale = "one global scale" if self.global_scale.dim() == 0 else f"{tuple(self.global_scale.shape)} global scales"
+        closing = "))" if kind.startswith("Parameter") else ")"
+        return f"{kind}({tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r}, {scale}{closing}"
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Block scales travel as bytes: torch 2.13 writes fp8 storages into a plain pickle that it cannot read back.
+        state = (self.codes, self.block_scales.view(torch.uint8), self.global_scale, self.dtype)
+        return _unpickle, (*state, isinstance(self, torch.nn.Parameter))
+
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
+        return list(_PARTS), {"dtype": self.dtype}
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], context: dict[str, Any], outer_size: Any, outer_stride: Any
+    ) -> Nvfp4Tensor:
+        return Nvfp4Tensor(*(inner[name] for name in _PARTS), dtype=context["dtype"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        handler = _PACKED_OPS.get(func)
+        if handler is not None:
+            out = handler(func, *args, **kwargs)
+            if out is not NotImplemented:
+                return return_and_correct_aliasing(func, args, kwargs, out)
+        if _writes_packed(func, args):
+            raise RuntimeError(
+                f"Nvfp4Tensor: {func} would write into a packed weight, which only copy_ may do; "
+                "dequantize() it, change the copy, and quantise that with Nvfp4Tensor.from_float"
+            )
+        args, kwargs = torch.utils._pytree.tree_map_only(Nvfp4Tensor, Nvfp4Tensor.dequantize, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _writes_packed(func: Any, args: Any) -> bool:
+    return func._schema.is_mutable and any(
+        isinstance(value, Nvfp4Tensor) and argument.alias_info is not None and argument.alias_info.is_write
+        for value, argument in zip(args, func._schema.arguments, strict=False)
+    )
+
+
+def _map_parts(func: Any, weight: Nvfp4Tensor, **kwargs: Any) -> Nvfp4Tensor:
+    return weight._map(func)
+
+
+def _clone(func: Any, weight: Nvfp4Tensor, *, memory_format: Any = None) -> Nvfp4Tensor:
+    return weight._map(torch.clone)
+
+
+def _to_copy(
+    func: Any, weight: Nvfp4Tensor, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **kwargs: Any
+) -> Any:
+    if dtype is not None and not dtype.is_floating_point:
+        return NotImplemented
+    return weight._map(lambda part: part.to(device=device, non_blocking=non_blocking, copy=True), dtype)
+
+
+def _copy(func: Any, target: Any, source: Tensor, non_blocking: bool = False) -> Any:
+    if not isinstance(target, Nvfp4Tensor):
+        return NotImplemented
+    if not isinstance(source, Nvfp4Tensor):
+        source = Nvfp4Tensor.from_float(source.expand(target.shape))
+    global_scale = source.global_scale
+    if global_scale.dim() < target.global_scale.dim():
+        global_scale = global_scale.unsqueeze(-1)
+    if source.shape != target.shape or global_scale.dim() > target.global_scale.dim():
+        raise ValueError(
+            f"Nvfp4Tensor.copy_: source must have shape {tuple(target.shape)} and global scale "
+            f"{tuple(target.global_scale.shape)}, got {tuple(source.shape)} and {tuple(source.global_scale.shape)}"
+        )
+    target.codes.copy_(source.codes, non_blocking)
+    target.block_scales.copy_(source.block_scales, non_blocking)
+    target.global_scale.copy_(global_scale, non_blocking)
+    return target
+
+
+def _select(func: Any, weight: Nvfp4Tensor, dim: int, index: int) -> Any:
+    if weight.dim() != 3 or dim % weight.dim() != 0:
+        return NotImplemented
+    return weight._map(lambda part: part.select(0, index))
+
+
+def _slice(func: Any, weight: Nvfp4Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    if dim % weight.dim() != 0 or (weight.dim() == 2 and weight.global_scale.dim() != 0):
+        return NotImplemented
+    codes, block_scales = (func(part, 0, start, end, step) for part in (weight.codes, weight.block_scales))
+    scale = weight.global_scale if weight.dim() == 2 else func(weight.global_scale, 0, start, end, step)
+    return Nvfp4Tensor(codes, block_scales, scale, dtype=weight.dtype)
+
+
+def _index(func: Any, weight: Any, indices: list[Any]) -> Any:
+    scalar_or_list = isinstance(weight, Nvfp4Tensor) and weight.dim() == 3 and len(indices) == 1
+    if not scalar_or_list or indices[0].dim() > 1 or indices[0].dtype == torch.bool:
+        return NotImplemented
+
+
+    def gather(part: Tensor) -> Tensor:  # by bytes: fp8 tensors have no index kernel
+        if part.dtype == torch.float8_e4m3fn:
+            return gather(part.view(torch.uint8)).view(part.dtype)
+        gathered: Tensor = func(part, indices)
+        return gathered
+
+    return weight._map(gather)
+
+
+_PACKED_OPS: dict[Any, Callable[..., Any]] = {
+    aten.detach.default: _map_parts,
+    aten.alias.default: _map_parts,
+    aten.clone.default: _clone,
+    aten._to_copy.default: _to_copy,
+    aten.copy_.default: _copy,
+    aten.select.int: _select,
+    aten.slice.Tensor: _slice,
+    aten.index.Tensor: _index,
+}
+
+def _unpickle(
+    codes: Tensor, scale_bytes: Tensor, global_scale: Tensor, dtype: torch.dtype, is_parameter: bool
+) -> Tensor:
+    weight = Nvfp4Tensor(codes, scale_bytes.view(torch.float8_e4m3fn), global_scale, dtype=dtype)
+    return torch.nn.Parameter(weight, requires_grad=False) if is_parameter else weight
+
+
+torch.serialization.add_safe_globals([Nvfp4Tensor, _unpickle])

@@ -1,0 +1,20 @@
+"""The vocabulary: NVFP4 operators in the namespace ``torch.ops.dsv4``, one file an operator.
+
+Each file holds the schema, the shape and dtype checks that fake and real share, and the CPU reference, which is
+registered as the operator's CPU kernel. Importing this package registers them all.
+"""
+
+from dsv4_compile.ops.dequantize_nvfp4 import dequantize_nvfp4
+from dsv4_compile.ops.nvfp4_mm import nvfp4_mm
+from dsv4_compile.ops.quantize_nvfp4 import quantize_nvfp4
+from dsv4_compile.ops.swiglu_quantize_nvfp4 import swiglu_quantize_nvfp4
+from dsv4_compile.ops.swizzle_block_scales import swizzle_block_scales, unswizzle_block_scales
+
+__all__ = [
+    "dequantize_nvfp4",
+    "nvfp4_mm",
+    "quantize_nvfp4",
+    "swiglu_quantize_nvfp4",
+    "swizzle_block_scales",
+    "unswizzle_block_scales",
+]

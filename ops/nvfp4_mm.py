@@ -1,0 +1,135 @@
+"""``nvfp4_mm``: a packed activation times one or several packed weights that read it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv4_compile import nvfp4
+from dsv4_compile.ops.registration import FLOAT_DTYPES, check_dtype, check_packed, define
+
+OP = "nvfp4_mm"
+
+# Weight elements that the CPU kernel expands to fp64 at a time: 16 MiB, small enough for the allocator to reuse.
+_REFERENCE_CHUNK_ELEMENTS = 1 << 21
+
+
+def allocate(
+    a_codes: Tensor,
+    a_block_scales: Tensor,
+    a_global_scale: Tensor,
+    b_codes: list[Tensor],
+    b_block_scales: list[Tensor],
+    b_global_scales: list[Tensor],
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Checks the arguments and returns an uninitialised output."""
+    check_packed(OP, "a_", a_codes, a_block_scales, a_global_scale)
+    lead = tuple(a_codes.shape[:-1])
+    torch._check(
+        tuple(a_global_scale.shape) in ((), lead),
+        lambda: f"{OP}: a_global_scale must be 0-d or one a row {lead}, got shape {tuple(a_global_scale.shape)}",
+    )
+    torch._check(
+        len(b_codes) > 0 and len(b_codes) == len(b_block_scales) == len(b_global_scales),
+        lambda: f"{OP}: b_codes, b_block_scales and b_global_scales must be lists of one length > 0, "
+        f"got {len(b_codes)}, {len(b_block_scales)}, {len(b_global_scales)}",
+    )
+    n = 0
+    for codes, block_scales, global_scale in zip(b_codes, b_block_scales, b_global_scales, strict=True):
+        check_packed(OP, "b_", codes, block_scales, global_scale)
+        torch._check(
+            codes.dim() == 2 and codes.shape[1] == a_codes.shape[-1],
+            lambda codes=codes: f"{OP}: b_codes must be [N, {a_codes.shape[-1]}] as a_codes has that many bytes a "
+            f"row, got shape {tuple(codes.shape)}",
+        )
+        n += codes.shape[0]
+    if bias is not None:
+        check_dtype(OP, "bias", bias, FLOAT_DTYPES)
+        torch._check(
+            tuple(bias.shape) == (n,), lambda: f"{OP}: bias must have shape ({n},), got {tuple(bias.shape)}"
+        )
+    torch._check(out_dtype in FLOAT_DTYPES, lambda: f"{OP}: out_dtype must be a float dtype, got {out_dtype}")
+    return a_codes.new_empty((*lead, n), dtype=out_dtype)
+
+
+def reference(
+    a_codes: Tensor,
+    a_block_scales: Tensor,
+    a_global_scale: Tensor,
+    b_codes: list[Tensor],
+    b_block_scales: list[Tensor],
+    b_global_scales: list[Tensor],
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """CPU kernel: the sum in fp64, rounded to fp32; then in fp32 ``sum * (gsa * gsb) + bias``; then ``out_dtype``.
+
+    A product of two scaled codes is a multiple of 2^-20 below 2^23, so fp64 adds them exactly while the sum of their
+    magnitudes stays under 2^33 (always for K <= 1176, in practice for every K): the result does not depend on the
+    order of summation, nor on which rows share the batch.
+    """
+    out = allocate(
+        a_codes, a_block_scales, a_global_scale, b_codes, b_block_scales, b_global_scales, bias, out_dtype
+    )
+    n = out.shape[-1]
+    rows = out.view(-1, n)
+    a = nvfp4.scaled_codes(a_codes, a_block_scales, torch.float64).reshape(rows.shape[0], 2 * a_codes.shape[-1])
+    a_scale = a_global_scale.reshape(-1, 1) if a_global_scale.dim() else a_global_scale
+    chunk_rows = max(1, _REFERENCE_CHUNK_ELEMENTS // max(1, a.shape[1]))
+    column = 0
+    for codes, block_scales, global_scale in zip(b_codes, b_block_scales, b_global_scales, strict=True):
+        b_scale = nvfp4.expand_global_scale(global_scale, (), codes.shape[0]).reshape(-1)
+        for start in range(0, codes.shape[0], chunk_rows):
+            chunk = slice(start, min(start + chunk_rows, codes.shape[0]))
+            b = nvfp4.scaled_codes(codes[chunk], block_scales[chunk], torch.float64)
+            alpha = a_scale * (b_scale if b_scale.numel() == 1 else b_scale[chunk])
+            columns = slice(column + chunk.start, column + chunk.stop)
+            y = (a @ b.T).to(torch.float32) * alpha
+            rows[:, columns] = y if bias is None else y + bias[columns].to(torch.float32)
+        column += codes.shape[0]
+    return out
+
+
+_op = define(
+    f"{OP}(Tensor a_codes, Tensor a_block_scales, Tensor a_global_scale, Tensor[] b_codes, Tensor[] b_block_scales,"
+    " Tensor[] b_global_scales, Tensor? bias, ScalarType out_dtype) -> Tensor",
+    fake=allocate,
+    cpu=reference,
+)
+
+
+def nvfp4_mm(
+    a_codes: Tensor,
+    a_block_scales: Tensor,
+    a_global_scale: Tensor,
+    b_codes: list[Tensor],
+    b_block_scales: list[Tensor],
+    b_global_scales: list[Tensor],
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """``y = (sum_blocks s_a s_b sum q_a q_b) * gsa * gsb + bias``, the columns of all weights side by side.
+
+    Several weights that read one activation are one call: each keeps its storage and its own global scale, so nothing
+    is copied to merge them.
+
+    Args:
+        a_codes, a_block_scales: activation, uint8 [..., K/2] and float8_e4m3fn [..., K/16].
+        a_global_scale: fp32, 0-d or one a row [...].
+        b_codes, b_block_scales: weights, each uint8 [N_i, K/2] and float8_e4m3fn [N_i, K/16].
+        b_global_scales: fp32, each 0-d or [S], one for each of S equal segments of that weight's rows.
+        bias: [sum N_i] or None, added in fp32.
+        out_dtype: bf16, fp16 or fp32; the one rounding of the fp32 result.
+
+    Returns:
+        [..., sum N_i] in ``out_dtype``, contiguous. A row that holds a NaN block scale is NaN.
+
+    Raises:
+        RuntimeError: dtypes or shapes that do not belong together, or no kernel for the device.
+    """
+    out: Tensor = _op(
+        a_codes, a_block_scales, a_global_scale, b_codes, b_block_scales, b_global_scales, bias, out_dtype
+    )
+    return out

@@ -1,0 +1,38 @@
+"""The compiler: an ordered list of rewrites of functional ATen graphs, one file a fusion.
+
+They run on Inductor's graph before it pads, fuses or folds anything (``joint_custom_pre_pass``). What no pass matches
+stays correct: its weights go through ``dequantize_nvfp4``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from torch import fx
+
+from dsv4_compile.passes import clean_up, linear, merge_gemms, share_quantization, swiglu
+
+Pass = tuple[str, Callable[[fx.Graph], int]]
+
+
+@functools.lru_cache
+def build_passes(granularity: str = "tensor", merge: bool = True) -> tuple[Pass, ...]:
+    """The passes in the order they run; tracing their patterns takes about half a second, once a process."""
+    fused_linear = [(fusion.name, fusion.build()) for fusion in linear.build(granularity)]
+    fused_swiglu = [(fusion.name, fusion.build()) for fusion in swiglu.build(granularity)]
+    return (
+        # Every product with a packed weight first: the others look for the operators that this leaves.
+        *fused_linear,
+        # Before swiglu, whose pattern ends in a quantisation with no view in front of it.
+        (share_quantization.NAME, share_quantization.apply),
+        *fused_swiglu,
+        # After swiglu: gate and up become slices of one product, which the operator reads in place.
+        *([(merge_gemms.NAME, merge_gemms.apply)] if merge else []),
+        (clean_up.NAME, clean_up.apply),
+    )
+
+
+def run_passes(graph: fx.Graph, granularity: str = "tensor", merge: bool = True) -> dict[str, int]:
+    """Rewrites a functional ATen graph in place; returns the number of rewrites of each pass."""
+    return {name: apply(graph) for name, apply in build_passes(granularity, merge)}

@@ -1,0 +1,52 @@
+"""Merged GEMMs: products of one quantised activation with several weights become one call.
+
+Matches: ``nvfp4_mm`` nodes with the same activation and output dtype, all with a bias or all without, whose weights
+are inputs of the graph.
+Rewrites to: one ``nvfp4_mm`` over the list of weights, and a slice of its columns for each. No weight is copied, each
+keeps its own global scale. Exact: a column does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from dsv4_compile.passes.graph import MM, aten, insert, value
+
+NAME = "merge_gemms"
+
+
+def apply(graph: fx.Graph) -> int:
+    """Runs the pass; returns the number of products that were merged into another."""
+    groups: dict[Any, list[fx.Node]] = {}
+    for node in graph.find_nodes(op="call_function", target=MM):
+        bias, out_dtype = node.args[6:]
+        if _all_inputs([*node.args[3], *node.args[4], *node.args[5], *([bias] if bias is not None else [])]):
+            groups.setdefault((*node.args[:3], bias is None, out_dtype), []).append(node)
+    merged = [group for group in groups.values() if len(group) > 1]
+    for group in merged:
+        _merge(graph, group)
+    return sum(len(group) - 1 for group in merged)
+
+
+def _all_inputs(nodes: list[Any]) -> bool:
+    return all(node.op in ("placeholder", "get_attr") for node in nodes)
+
+
+def _merge(graph: fx.Graph, group: list[fx.Node]) -> None:
+    first = group[0]
+    weights = [[part for node in group for part in node.args[index]] for index in (3, 4, 5)]  # type: ignore[union-attr]
+    with graph.inserting_before(first):
+        bias = None
+        if first.args[6] is not None:
+            bias = insert(graph, aten.cat.default, ([node.args[6] for node in group],), like=first)
+        merged = insert(graph, MM, (*first.args[:3], *weights, bias, first.args[7]), like=first)
+        dim, start = value(merged).dim() - 1, 0
+        for node in group:
+            stop = start + value(node).shape[-1]
+            columns = insert(graph, aten.slice.Tensor, (merged, dim, start, stop), like=node)
+            node.replace_all_uses_with(columns)
+            start = stop
+    for node in group:
+        graph.erase_node(node)
