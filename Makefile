@@ -7,7 +7,7 @@
 PYTHON ?= python3
 PYTEST_FLAGS ?= -n auto --maxprocesses=4
 BIN := .venv/bin
-PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP_INSTALL := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test check accuracy format
 .DEFAULT_GOAL := test

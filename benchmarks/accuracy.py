@@ -110,8 +110,7 @@ def measure(model: nn.Module, ids: Tensor, compiled: bool, log: Callable[[str], 
         with emulation.emulate(model, emulation.runtime_scale(granularity)):
             record(f"emulated_{granularity}", model)
     for name, factor in (("static", 1), ("static_too_small", STATIC_ERROR)):
-        scales = {n: (lambda _, g=g, f=factor: g / f) for n, g in gsa.items()}
-        with emulation.emulate(model, scales):
+        with emulation.emulate(model, {n: emulation.static_scale(g / factor) for n, g in gsa.items()}):
             record(f"emulated_{name}", model)
 
     names = ["w4a16", *emulation.GRANULARITIES]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -85,14 +85,20 @@ def runtime_scale(granularity: str) -> Scale:
     return lambda x: global_scale(x, granularity)
 
 
+def static_scale(gs: Tensor) -> Scale:
+    """A `Scale` that never looks: what a checkpoint's `input_scale` does."""
+    return lambda _: gs
+
+
 def quantized_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Every nn.Linear but the output head, by name."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_head: Callable[[], nn.Module] | None = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
 
 
 @contextlib.contextmanager
-def emulate(model: nn.Module, scales: Scale | dict[str, Scale] | None) -> Iterator[None]:
+def emulate(model: nn.Module, scales: Scale | Mapping[str, Scale] | None) -> Iterator[None]:
     """While active, the model's Linears compute with NVFP4 weights, and NVFP4 activations unless scales is None.
 
     W4A16 rounds the dequantised weight to the activation's dtype and multiplies there. W4A4 multiplies and accumulates
@@ -116,7 +122,7 @@ def emulate(model: nn.Module, scales: Scale | dict[str, Scale] | None) -> Iterat
 
     try:
         for name, linear in linears.items():
-            scale = scales[name] if isinstance(scales, dict) else scales
+            scale = scales[name] if isinstance(scales, Mapping) else scales
             linear.forward = types.MethodType(make_forward(scale), linear)  # type: ignore[method-assign]
         yield
     finally:
