@@ -20,6 +20,8 @@ from dsv4_compile.options import Options
 from dsv4_compile.passes import run_passes
 from dsv4_compile.printing import format_graph
 
+Observer = Callable[[fx.Graph, str, dict[str, int]], None]
+
 log = logging.getLogger("dsv4_compile")
 
 # Freezing would otherwise expand every weight that no pass matched to bf16 at compile time.
@@ -36,10 +38,10 @@ class RewriteGraph(CustomGraphPass):  # type: ignore[misc]
 
     Args:
         options: of the backend.
-        observe: called with each graph after the passes and the number of rewrites of each.
+        observe: called with each graph after the passes, its program before them, and the rewrites of each pass.
     """
 
-    def __init__(self, options: Options, observe: Callable[[fx.Graph, dict[str, int]], None] | None = None) -> None:
+    def __init__(self, options: Options, observe: Observer | None = None) -> None:
         self.options = options
         self.observe = observe
         self.others = get_custom_graph_passes(
@@ -47,13 +49,13 @@ class RewriteGraph(CustomGraphPass):  # type: ignore[misc]
         )
 
     def __call__(self, graph: fx.Graph) -> None:
-        before = format_graph(graph) if self.options.dump else ""
+        before = format_graph(graph) if self.options.dump or self.observe is not None else ""
         counts = run_passes(graph, self.options.gsa, self.options.merge_gemms)
         log.debug("passes: %s", counts)
         if self.options.dump:
             _dump(self.options.dump, before, format_graph(graph), counts)
         if self.observe is not None:
-            self.observe(graph, counts)
+            self.observe(graph, before, counts)
         for other in self.others:
             other(graph)
 
@@ -88,17 +90,37 @@ def dsv4(
         RuntimeError: gradients are wanted.
     """
     parsed = Options.parse(mode, options)
-    bound = bind_weights(gm, _checked_inputs(example_inputs), parsed)
-    _log_packed(bound)
+    bound = prepare(gm, example_inputs, parsed)
     compiled = compile_bound(bound, [example_inputs[index] for index in bound.kept], parsed)
     return runner(compiled, bound)
+
+
+def prepare(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> BoundGraph:
+    """Checks that no gradients are wanted, and binds the weights to a copy of the graph.
+
+    Raises:
+        RuntimeError: gradients are wanted.
+    """
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
+        raise RuntimeError(
+            "dsv4: inputs must not require gradients, got a call with gradients enabled; this backend is for "
+            "inference only: call the compiled model under torch.inference_mode() or torch.no_grad()"
+        )
+    bound = bind_weights(gm, example_inputs, options)
+    if bound.newly_packed:
+        log.warning(
+            "dsv4: packed %d plain weights to NVFP4 at compile time; dsv4_compile.quantize_(model) packs them "
+            "beforehand and frees the originals",
+            bound.newly_packed,
+        )
+    return bound
 
 
 def compile_bound(
     bound: BoundGraph,
     inputs: Sequence[Any],
     options: Options,
-    observe: Callable[[fx.Graph, dict[str, int]], None] | None = None,
+    observe: Observer | None = None,
     **compile_options: Any,
 ) -> Callable[..., Any]:
     """Hands a bound graph to Inductor with the passes installed."""
@@ -113,27 +135,6 @@ def compile_bound(
     with torch.no_grad():
         compiled: Callable[..., Any] = compile_fx(bound.gm, list(inputs), config_patches=config, **compile_options)
     return compiled
-
-
-def _checked_inputs(example_inputs: Sequence[Any]) -> Sequence[Any]:
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
-        raise RuntimeError(
-            "dsv4: inputs must not require gradients, got a call with gradients enabled; this backend is for "
-            "inference only: call the compiled model under torch.inference_mode() or torch.no_grad()"
-        )
-    return example_inputs
-
-
-def _log_packed(bound: BoundGraph) -> None:
-    if bound.packed_here:
-        plain = sum(weight.numel() * weight.element_size() for weight in bound.packed_here)
-        packed_names = {id(weight) for weight in bound.packed_here}
-        log.warning(
-            "dsv4: packed %d plain weights (%.1f MiB) to NVFP4 at compile time; dsv4_compile.quantize_(model) packs "
-            "them before and frees the originals",
-            len(packed_names),
-            plain / 2**20,
-        )
 
 
 def _dump(target: str, before: str, after: str, counts: dict[str, int]) -> None:

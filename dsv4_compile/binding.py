@@ -44,13 +44,15 @@ class BoundGraph:
         gm: the copy; buffers named ``dsv4_weight_<i>_<part>`` hold the packed parts.
         kept: indices of Dynamo's inputs that remain inputs.
         weights: the bound weights by ``<i>``, then the plain ones that were left alone, with reasons.
-        packed_here: plain parameters that were packed at compile time.
+        packed_here: plain parameters that were packed at compile time, for this graph or an earlier one.
+        newly_packed: how many of those no earlier graph had packed.
     """
 
     gm: fx.GraphModule
     kept: list[int]
     weights: list[Weight] = field(default_factory=list)
     packed_here: list[Tensor] = field(default_factory=list)
+    newly_packed: int = 0
 
 
 def bind_weights(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> BoundGraph:
@@ -64,12 +66,15 @@ def bind_weights(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
     bound = BoundGraph(_copy_graph(gm), [])
     left_alone: list[Weight] = []
     operands: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]] = {}
-    for index, (node, value) in enumerate(zip(bound.gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)):
+    for index, (node, value) in enumerate(
+        zip(bound.gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
+    ):
         packed = value if isinstance(value, Nvfp4Tensor) else None
         if packed is None and isinstance(value, torch.nn.Parameter) and value.dim() in (2, 3):
             name = parameter_name(node)
             reason = _reason_to_leave(bound.gm, node, name, value, options)
             if reason is None:
+                bound.newly_packed += value not in _packed_parameters
                 packed = _pack_once(value)
                 bound.packed_here.append(value)
             else:
@@ -79,9 +84,7 @@ def bind_weights(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
             bound.kept.append(index)
             continue
         number = len(bound.weights)
-        bound.weights.append(
-            Weight(parameter_name(node), tuple(packed.shape), packed.packed_bytes, packed)
-        )
+        bound.weights.append(Weight(parameter_name(node), tuple(packed.shape), packed.packed_bytes, packed))
         operands[node] = _register(bound.gm, number, packed, node)
     _replace_by_parts(bound.gm, operands, {node: node.meta["example_value"].dtype for node in operands})
     for node in operands:
@@ -121,7 +124,9 @@ def _copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-def _register(gm: fx.GraphModule, number: int, packed: Nvfp4Tensor, before: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
+def _register(
+    gm: fx.GraphModule, number: int, packed: Nvfp4Tensor, before: fx.Node
+) -> tuple[fx.Node, fx.Node, fx.Node]:
     nodes = []
     last_placeholder = gm.graph.find_nodes(op="placeholder")[-1]
     with gm.graph.inserting_after(last_placeholder):
@@ -289,7 +294,7 @@ def _swaps_last_two(user: fx.Node, weight: fx.Node) -> bool:
         return False
     dims = user.args[1] if len(user.args) == 2 and isinstance(user.args[1], (tuple, list)) else user.args[1:]
     rank = weight.meta["example_value"].dim()
-    return rank == 2 and sorted(dim % rank for dim in dims) == [0, 1] or dims == ()  # type: ignore[operator, union-attr]
+    return (rank == 2 and sorted(dim % rank for dim in dims) == [0, 1]) or dims == ()  # type: ignore[operator, union-attr]
 
 
 def _contracts(user: fx.Node, weight: fx.Node, transposed: bool) -> bool:

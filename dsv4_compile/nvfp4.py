@@ -169,9 +169,7 @@ def expand_global_scale(global_scale: Tensor, lead: tuple[int, ...], rows: int) 
     return global_scale.repeat_interleave(rows // global_scale.shape[-1] if rows else 1, dim=-1).unsqueeze(-1)
 
 
-def dequantize(
-    codes: Tensor, block_scales: Tensor, global_scale: Tensor, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def dequantize(codes: Tensor, block_scales: Tensor, global_scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """``(code * block scale) * global scale``: the first product is exact in fp32, the second rounds once, then ``dtype``.
 
     Args:

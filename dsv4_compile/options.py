@@ -74,7 +74,13 @@ class Options:
         return parsed
 
     def _check(self) -> None:
-        for name, kind in (("quantize_weights", bool), ("merge_gemms", bool), ("dump", str), ("gsa", str), ("mode", str)):
+        for name, kind in (
+            ("quantize_weights", bool),
+            ("merge_gemms", bool),
+            ("dump", str),
+            ("gsa", str),
+            ("mode", str),
+        ):
             value = getattr(self, name)
             if not isinstance(value, kind):
                 raise TypeError(f"dsv4: option {name} must be a {kind.__name__}, got {value!r}")

@@ -48,7 +48,9 @@ def ineligible_reason(name: str, weight: Tensor, include: Iterable[str] | None, 
         return f"excluded by {pattern!r}"
     if weight.dim() not in (2, 3):
         return f"{weight.dim()}-D"
-    if weight.dtype not in (torch.bfloat16, torch.float16) and not (include is not None and weight.dtype == torch.float32):
+    if weight.dtype not in (torch.bfloat16, torch.float16) and not (
+        include is not None and weight.dtype == torch.float32
+    ):
         return f"{str(weight.dtype).removeprefix('torch.')} weight"
     if weight.shape[-1] % nvfp4.BLOCK_SIZE:
         return f"K = {weight.shape[-1]} is not divisible by {nvfp4.BLOCK_SIZE}"

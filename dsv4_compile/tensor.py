@@ -93,7 +93,9 @@ class Nvfp4Tensor(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         kind = "Parameter(Nvfp4Tensor" if getattr(self, "_is_param", False) else "Nvfp4Tensor"
-        scale = "one global scale" if self.global_scale.dim() == 0 else f"{tuple(self.global_scale.shape)} global scales"
+        scale = (
+            "one global scale" if self.global_scale.dim() == 0 else f"{tuple(self.global_scale.shape)} global scales"
+        )
         closing = "))" if kind.startswith("Parameter") else ")"
         return f"{kind}({tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r}, {scale}{closing}"
 
@@ -189,7 +191,6 @@ def _index(func: Any, weight: Any, indices: list[Any]) -> Any:
     if not scalar_or_list or indices[0].dim() > 1 or indices[0].dtype == torch.bool:
         return NotImplemented
 
-
     def gather(part: Tensor) -> Tensor:  # by bytes: fp8 tensors have no index kernel
         if part.dtype == torch.float8_e4m3fn:
             return gather(part.view(torch.uint8)).view(part.dtype)
@@ -209,6 +210,7 @@ _PACKED_OPS: dict[Any, Callable[..., Any]] = {
     aten.slice.Tensor: _slice,
     aten.index.Tensor: _index,
 }
+
 
 def _unpickle(
     codes: Tensor, scale_bytes: Tensor, global_scale: Tensor, dtype: torch.dtype, is_parameter: bool

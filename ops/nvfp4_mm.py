@@ -33,23 +33,25 @@ def allocate(
     )
     torch._check(
         len(b_codes) > 0 and len(b_codes) == len(b_block_scales) == len(b_global_scales),
-        lambda: f"{OP}: b_codes, b_block_scales and b_global_scales must be lists of one length > 0, "
-        f"got {len(b_codes)}, {len(b_block_scales)}, {len(b_global_scales)}",
+        lambda: (
+            f"{OP}: b_codes, b_block_scales and b_global_scales must be lists of one length > 0, "
+            f"got {len(b_codes)}, {len(b_block_scales)}, {len(b_global_scales)}"
+        ),
     )
     n = 0
     for codes, block_scales, global_scale in zip(b_codes, b_block_scales, b_global_scales, strict=True):
         check_packed(OP, "b_", codes, block_scales, global_scale)
         torch._check(
             codes.dim() == 2 and codes.shape[1] == a_codes.shape[-1],
-            lambda codes=codes: f"{OP}: b_codes must be [N, {a_codes.shape[-1]}] as a_codes has that many bytes a "
-            f"row, got shape {tuple(codes.shape)}",
+            lambda codes=codes: (
+                f"{OP}: b_codes must be [N, {a_codes.shape[-1]}] as a_codes has that many bytes a "
+                f"row, got shape {tuple(codes.shape)}"
+            ),
         )
         n += codes.shape[0]
     if bias is not None:
         check_dtype(OP, "bias", bias, FLOAT_DTYPES)
-        torch._check(
-            tuple(bias.shape) == (n,), lambda: f"{OP}: bias must have shape ({n},), got {tuple(bias.shape)}"
-        )
+        torch._check(tuple(bias.shape) == (n,), lambda: f"{OP}: bias must have shape ({n},), got {tuple(bias.shape)}")
     torch._check(out_dtype in FLOAT_DTYPES, lambda: f"{OP}: out_dtype must be a float dtype, got {out_dtype}")
     return a_codes.new_empty((*lead, n), dtype=out_dtype)
 
@@ -70,9 +72,7 @@ def reference(
     magnitudes stays under 2^33 (always for K <= 1176, in practice for every K): the result does not depend on the
     order of summation, nor on which rows share the batch.
     """
-    out = allocate(
-        a_codes, a_block_scales, a_global_scale, b_codes, b_block_scales, b_global_scales, bias, out_dtype
-    )
+    out = allocate(a_codes, a_block_scales, a_global_scale, b_codes, b_block_scales, b_global_scales, bias, out_dtype)
     n = out.shape[-1]
     rows = out.view(-1, n)
     a = nvfp4.scaled_codes(a_codes, a_block_scales, torch.float64).reshape(rows.shape[0], 2 * a_codes.shape[-1])

@@ -65,8 +65,10 @@ def check_quantizable(op: str, argument: str, tensor: Tensor) -> None:
     check_dtype(op, argument, tensor, FLOAT_DTYPES)
     torch._check(
         tensor.dim() >= 1 and tensor.shape[-1] % nvfp4.BLOCK_SIZE == 0,
-        lambda: f"{op}: {argument} must have a last dimension divisible by {nvfp4.BLOCK_SIZE}, "
-        f"got shape {tuple(tensor.shape)}",
+        lambda: (
+            f"{op}: {argument} must have a last dimension divisible by {nvfp4.BLOCK_SIZE}, "
+            f"got shape {tuple(tensor.shape)}"
+        ),
     )
 
 
@@ -77,18 +79,24 @@ def check_packed(op: str, prefix: str, codes: Tensor, block_scales: Tensor, glob
     check_dtype(op, f"{prefix}global_scale", global_scale, (torch.float32,))
     torch._check(
         codes.dim() >= 1 and block_scales.dim() == codes.dim() and codes.shape[:-1] == block_scales.shape[:-1],
-        lambda: f"{op}: {prefix}block_scales must have the leading shape of {prefix}codes {tuple(codes.shape)}, "
-        f"got {tuple(block_scales.shape)}",
+        lambda: (
+            f"{op}: {prefix}block_scales must have the leading shape of {prefix}codes {tuple(codes.shape)}, "
+            f"got {tuple(block_scales.shape)}"
+        ),
     )
     torch._check(
         codes.shape[-1] == block_scales.shape[-1] * (nvfp4.BLOCK_SIZE // 2),
-        lambda: f"{op}: {prefix}codes must have 8 bytes for each of the {block_scales.shape[-1]} block scales of a "
-        f"row, got {codes.shape[-1]}",
+        lambda: (
+            f"{op}: {prefix}codes must have 8 bytes for each of the {block_scales.shape[-1]} block scales of a "
+            f"row, got {codes.shape[-1]}"
+        ),
     )
     torch._check(
         _global_scale_fits(tuple(global_scale.shape), tuple(codes.shape)),
-        lambda: f"{op}: {prefix}global_scale must be 0-d, one a matrix, or segments that divide the rows of "
-        f"{prefix}codes {tuple(codes.shape)}, got shape {tuple(global_scale.shape)}",
+        lambda: (
+            f"{op}: {prefix}global_scale must be 0-d, one a matrix, or segments that divide the rows of "
+            f"{prefix}codes {tuple(codes.shape)}, got shape {tuple(global_scale.shape)}"
+        ),
     )
 
 

@@ -38,8 +38,10 @@ def allocate_inverse(swizzled: Tensor, rows: int, cols: int) -> Tensor:
     check_dtype(INVERSE_OP, "swizzled", swizzled, SCALE_DTYPES)
     torch._check(
         swizzled.dim() == 2 and tuple(swizzled.shape) == _padded_shape(rows, cols),
-        lambda: f"{INVERSE_OP}: swizzled must have shape {_padded_shape(rows, cols)} for rows={rows}, cols={cols}, "
-        f"got {tuple(swizzled.shape)}",
+        lambda: (
+            f"{INVERSE_OP}: swizzled must have shape {_padded_shape(rows, cols)} for rows={rows}, cols={cols}, "
+            f"got {tuple(swizzled.shape)}"
+        ),
     )
     return swizzled.new_empty((rows, cols))
 

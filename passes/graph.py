@@ -40,16 +40,16 @@ def value(node: fx.Node) -> Tensor:
 def insert(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
     """Appends ``target(*args)`` at the graph's insertion point, with its fake value and ``like``'s provenance."""
     node = graph.call_function(target, args)
-    node.meta.update({key: item for key, item in like.meta.items() if key not in ("val", "tensor_meta", "eager_input_vals")})
+    node.meta.update(
+        {key: item for key, item in like.meta.items() if key not in ("val", "tensor_meta", "eager_input_vals")}
+    )
     node.meta["val"] = target(*fx.map_arg(args, lambda argument: argument.meta["val"]))
     return node
 
 
 def same_shape(left: Sequence[Any], right: Sequence[Any]) -> bool:
     """Whether two shapes, symbolic or not, are known to be equal without a new guard."""
-    return len(left) == len(right) and all(
-        statically_known_true(a == b) for a, b in zip(left, right, strict=True)
-    )
+    return len(left) == len(right) and all(statically_known_true(a == b) for a, b in zip(left, right, strict=True))
 
 
 def outputs(node: fx.Node) -> list[fx.Node | None]:
@@ -91,9 +91,9 @@ class Fusion:
                     _allow_other_readers(pattern)
                 if repr(pattern) not in seen:
                     seen.add(repr(pattern))
-                    GraphPatternEntry(
-                        pattern=pattern, extra_check=lambda match: True, handler=self._rewrite
-                    ).register(matcher)
+                    GraphPatternEntry(pattern=pattern, extra_check=lambda match: True, handler=self._rewrite).register(
+                        matcher
+                    )
         return matcher.apply  # type: ignore[return-value]
 
     def _rewrite(self, match: Match, *args: Any, **kwargs: Any) -> None:

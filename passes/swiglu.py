@@ -43,7 +43,9 @@ def mul_sigmoid(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def example_inputs() -> Sequence[Sequence[Tensor]]:
-    return [(torch.empty(8, 32, dtype=dtype), torch.empty(8, 32, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)]
+    return [
+        (torch.empty(8, 32, dtype=dtype), torch.empty(8, 32, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)
+    ]
 
 
 def replacement(gate: Tensor, up: Tensor, *, limit: float, granularity: str) -> Packed:
@@ -119,7 +121,9 @@ def _constant(bound: Any) -> Any:
     return bound
 
 
-def _quantized(form: Callable[[Tensor, Tensor], Tensor], granularity: str, cast: bool) -> Callable[[Tensor, Tensor], Packed]:
+def _quantized(
+    form: Callable[[Tensor, Tensor], Tensor], granularity: str, cast: bool
+) -> Callable[[Tensor, Tensor], Packed]:
     def pattern(gate: Tensor, up: Tensor) -> Packed:
         product = form(gate, up)
         return quantize_nvfp4(product.to(torch.bfloat16) if cast else product, granularity)
