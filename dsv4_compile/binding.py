@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,13 +27,21 @@ INVOKE_SUBGRAPH = torch.ops.higher_order.invoke_subgraph
 
 @dataclass
 class Weight:
-    """One weight of a compiled graph."""
+    """One weight of a compiled graph.
+
+    Attributes:
+        name: its full parameter name.
+        shape: [N, K] or [E, N, K].
+        packed: its packed form, None when it was left alone.
+        reason: why it was left alone.
+        eligible: whether a matrix product reads it, so that it could run as an NVFP4 operator.
+    """
 
     name: str
     shape: tuple[int, ...]
-    num_bytes: int
     packed: Nvfp4Tensor | None
     reason: str = ""
+    eligible: bool = True
 
 
 @dataclass
@@ -70,22 +78,20 @@ def bind_weights(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
         zip(bound.gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
     ):
         packed = value if isinstance(value, Nvfp4Tensor) else None
+        name = parameter_name(node)
         if packed is None and isinstance(value, torch.nn.Parameter) and value.dim() in (2, 3):
-            name = parameter_name(node)
-            reason = _reason_to_leave(bound.gm, node, name, value, options)
-            if reason is None:
+            reason, eligible = _reason_to_leave(bound.gm, node, name, value, options)
+            if reason:
+                left_alone.append(Weight(name, tuple(value.shape), None, reason, eligible))
+            else:
                 bound.newly_packed += value not in _packed_parameters
                 packed = _pack_once(value)
                 bound.packed_here.append(value)
-            else:
-                num_bytes = value.numel() * value.element_size()
-                left_alone.append(Weight(name, tuple(value.shape), num_bytes, None, reason))
         if packed is None:
             bound.kept.append(index)
             continue
-        number = len(bound.weights)
-        bound.weights.append(Weight(parameter_name(node), tuple(packed.shape), packed.packed_bytes, packed))
-        operands[node] = _register(bound.gm, number, packed, node)
+        operands[node] = _register(bound.gm, len(bound.weights), packed)
+        bound.weights.append(Weight(name, tuple(packed.shape), packed))
     _replace_by_parts(bound.gm, operands, {node: node.meta["example_value"].dtype for node in operands})
     for node in operands:
         bound.gm.graph.erase_node(node)
@@ -124,9 +130,7 @@ def _copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-def _register(
-    gm: fx.GraphModule, number: int, packed: Nvfp4Tensor, before: fx.Node
-) -> tuple[fx.Node, fx.Node, fx.Node]:
+def _register(gm: fx.GraphModule, number: int, packed: Nvfp4Tensor) -> tuple[fx.Node, fx.Node, fx.Node]:
     nodes = []
     last_placeholder = gm.graph.find_nodes(op="placeholder")[-1]
     with gm.graph.inserting_after(last_placeholder):
@@ -253,35 +257,47 @@ def runner(compiled: Callable[..., Any], bound: BoundGraph) -> Callable[..., Any
 _TRANSPOSES_LAST_TWO = {"t", "T", "mT"}
 _LINEAR_FUNCTIONS = {torch._C._nn.linear, torch.nn.functional.linear}
 _MATMUL_FUNCTIONS = {torch.matmul, operator.matmul, torch.mm}
+# Matrix products that have no pass: what they read is eligible, and explain lists it as not covered.
+_OTHER_PRODUCTS = {"linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "grouped_mm", "_grouped_mm"}
+_VIEWS = {"view", "reshape", "transpose", "permute", "getitem", "contiguous", "flatten", "unflatten", "unsqueeze"}
 
 
-def _reason_to_leave(gm: fx.GraphModule, node: fx.Node, name: str, weight: Tensor, options: Options) -> str | None:
+def _reason_to_leave(
+    gm: fx.GraphModule, node: fx.Node, name: str, weight: Tensor, options: Options
+) -> tuple[str, bool]:
+    """Why a plain weight is left alone, "" when it is not; and whether an NVFP4 operator could read it all the same."""
     if not options.quantize_weights:
-        return "plain weight, and quantize_weights is off"
+        return "plain weight, and quantize_weights is off", False
     if (reason := ineligible_reason(name, weight, options.include, options.exclude)) is not None:
-        return reason
-    return _use_that_is_no_contraction(gm, node, transposed=False)
+        return reason, False
+    for reader, reads_as_linear in _readers(gm, node, transposed=False):
+        if not reads_as_linear:
+            product = _name(reader) in _OTHER_PRODUCTS
+            return f"read by {_name(reader)}, " + ("a form no pass matches" if product else "no matrix product"), product
+    return ("", True) if node.users else ("not used", False)
 
 
-def _use_that_is_no_contraction(gm: fx.GraphModule, node: fx.Node, transposed: bool) -> str | None:
-    """Names a use of a weight [N, K] that is no contraction over K, or None when there is none."""
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _readers(gm: fx.GraphModule, node: fx.Node, transposed: bool) -> Iterator[tuple[fx.Node, bool]]:
+    """What reads a weight [N, K] behind views of it, and whether it does so as a linear that contracts K."""
     for user in node.users:
         if user.target is INVOKE_SUBGRAPH:
             subgraph = getattr(gm, user.args[0].target)  # type: ignore[union-attr, arg-type]
             placeholders = subgraph.graph.find_nodes(op="placeholder")
             for position, argument in enumerate(user.args[2:]):
                 if argument is node:
-                    reason = _use_that_is_no_contraction(subgraph, placeholders[position], transposed)
-                    if reason is not None:
-                        return reason
+                    yield from _readers(subgraph, placeholders[position], transposed)
         elif _swaps_last_two(user, node):
-            reason = _use_that_is_no_contraction(gm, user, not transposed)
-            if reason is not None:
-                return reason
-        elif not _contracts(user, node, transposed):
-            target = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", user.target)
-            return f"used by {target}, which is no linear over its last dimension"
-    return None if node.users else "not used"
+            yield from _readers(gm, user, not transposed)
+        elif _contracts(user, node, transposed):
+            yield user, True
+        elif _name(user) in _VIEWS and user.users:
+            yield from ((reader, False) for reader, _ in _readers(gm, user, transposed))
+        else:
+            yield user, False
 
 
 def _swaps_last_two(user: fx.Node, weight: fx.Node) -> bool:
@@ -289,16 +305,17 @@ def _swaps_last_two(user: fx.Node, weight: fx.Node) -> bool:
         return True
     if user.target is getattr and user.args[1:] and user.args[1] in _TRANSPOSES_LAST_TWO:
         return True
-    is_transpose = user.target in ("transpose", torch.transpose, torch.t, torch.permute, "permute")
-    if not is_transpose:
+    if user.target is torch.t:
+        return True
+    if _name(user) not in ("transpose", "permute") or weight.meta["example_value"].dim() != 2:
         return False
-    dims = user.args[1] if len(user.args) == 2 and isinstance(user.args[1], (tuple, list)) else user.args[1:]
-    rank = weight.meta["example_value"].dim()
-    return (rank == 2 and sorted(dim % rank for dim in dims) == [0, 1]) or dims == ()  # type: ignore[operator, union-attr]
+    dims = user.args[1] if isinstance(user.args[1], (tuple, list)) else user.args[1:]
+    return [dim % 2 for dim in dims] in ([1, 0], [0, 1] if _name(user) == "transpose" else [1, 0])  # type: ignore[operator, union-attr]
 
 
 def _contracts(user: fx.Node, weight: fx.Node, transposed: bool) -> bool:
-    if weight.meta["example_value"].dim() != 2:
+    example = weight.meta.get("example_value")
+    if example is None or example.dim() != 2:
         return False
     if user.target in _LINEAR_FUNCTIONS:
         return not transposed and user.args[1] is weight and user.args[0] is not weight

@@ -1,0 +1,324 @@
+"""``explain``: which regions of a model run as NVFP4 operators, and for every other weight the reason why it does not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, fx
+
+from dsv4_compile.backend import compile_bound, prepare
+from dsv4_compile.binding import INVOKE_SUBGRAPH, BoundGraph, Weight, runner
+from dsv4_compile.options import Options
+from dsv4_compile.passes.graph import DEQUANTIZE, MM, QUANTIZE, SWIGLU_QUANTIZE
+from dsv4_compile.printing import packed_part
+
+OPERATORS = {MM: "nvfp4_mm", QUANTIZE: "quantize_nvfp4", SWIGLU_QUANTIZE: "swiglu_quantize_nvfp4"}
+QUANTIZERS = (QUANTIZE, SWIGLU_QUANTIZE)
+
+
+@dataclass(frozen=True)
+class Region:
+    """One weight of the model.
+
+    Attributes:
+        module: full name of the parameter.
+        kind: ``linear`` for a matrix, ``experts`` for a stack of them.
+        shape: N x K, or E x N x K.
+        operator: the NVFP4 operator that reads it, or "" when none does.
+        kernel: what runs that operator on the device of the weight.
+        reason: why no operator reads it.
+        eligible: whether one could: it is packed, or a plain contraction that no pass matched.
+        num_bytes: size in bf16.
+    """
+
+    module: str
+    kind: str
+    shape: tuple[int, ...]
+    operator: str
+    kernel: str
+    reason: str
+    eligible: bool
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class QuantizedActivation:
+    """One quantisation of an activation.
+
+    Attributes:
+        operator: what quantises it.
+        readers: names of the weights that read it.
+        shape: of the activation.
+        global_scales: its gsa: one value, or least and greatest for one a row; empty on the meta device.
+    """
+
+    operator: str
+    readers: tuple[str, ...]
+    shape: tuple[int, ...]
+    global_scales: tuple[float, ...]
+
+
+@dataclass
+class Explanation:
+    """What :func:`explain` found; ``print`` it for the tables.
+
+    Attributes:
+        regions: every weight, in the order in which the model reads them.
+        activations: every quantised activation.
+        graphs: number of graphs that were compiled.
+        graph_breaks: reasons for breaks between them.
+    """
+
+    regions: list[Region] = field(default_factory=list)
+    activations: list[QuantizedActivation] = field(default_factory=list)
+    graphs: int = 0
+    graph_breaks: list[str] = field(default_factory=list)
+
+    @property
+    def covered(self) -> list[Region]:
+        """Weights that an NVFP4 operator reads."""
+        return [region for region in self.regions if region.operator]
+
+    @property
+    def eligible(self) -> list[Region]:
+        """Weights that an NVFP4 operator reads or could read."""
+        return [region for region in self.regions if region.eligible]
+
+    @property
+    def covered_fraction(self) -> float:
+        """Share of the eligible weight bytes that NVFP4 operators read; 1.0 where nothing is eligible."""
+        eligible = sum(region.num_bytes for region in self.eligible)
+        return sum(region.num_bytes for region in self.covered) / eligible if eligible else 1.0
+
+    def table(self) -> Table:
+        """The regions as a rich table."""
+        table = Table(title="Regions", title_justify="left")
+        for column in ("parameter", "kind", "shape", "operator", "kernel / reason"):
+            table.add_column(column, overflow="fold")
+        for region in self.regions:
+            shape = "x".join(map(str, region.shape))
+            style = None if region.operator else ("yellow" if region.eligible else "dim")
+            detail = region.kernel if region.operator else region.reason
+            table.add_row(region.module, region.kind, shape, region.operator or "-", detail, style=style)
+        return table
+
+    def activation_table(self) -> Table:
+        """The quantised activations as a rich table."""
+        table = Table(title="Quantised activations", title_justify="left")
+        for column in ("read by", "shape", "quantised by", "gsa"):
+            table.add_column(column, overflow="fold")
+        for activation in self.activations:
+            scales = " .. ".join(f"{scale:.3e}" for scale in activation.global_scales) or "-"
+            readers = ", ".join(_shorten(activation.readers))
+            table.add_row(readers, "x".join(map(str, activation.shape)), activation.operator, scales)
+        return table
+
+    def summary(self) -> str:
+        """Totals in one line."""
+        covered, eligible = self.covered, self.eligible
+        mib = [sum(region.num_bytes for region in regions) / 2**20 for regions in (covered, eligible, self.regions)]
+        return (
+            f"{len(covered)} of {len(eligible)} eligible weights ({self.covered_fraction:.1%} of {mib[1]:.1f} MiB in "
+            f"bf16) run through NVFP4 operators; {len(self.regions) - len(eligible)} weights ({mib[2] - mib[1]:.1f} "
+            f"MiB) left alone; {len(self.activations)} quantisations, {self.graphs} graphs, "
+            f"{len(self.graph_breaks)} graph breaks"
+        )
+
+    def __str__(self) -> str:
+        console = Console(width=160)
+        with console.capture() as text:
+            console.print(self.table(), self.activation_table(), self.summary())
+        return text.get()
+
+
+def explain(
+    model: Callable[..., Any], *inputs: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> Explanation:
+    """Runs a model once through the passes and reports what they did with each weight.
+
+    No code is generated: the rewritten graphs are run node by node, which takes seconds. On the meta device nothing
+    is allocated either, so a full-size model can be explained from its config alone.
+
+    Args:
+        model: any callable that ``torch.compile`` takes; not changed.
+        inputs, kwargs: of one call.
+        options: of the dsv4 backend.
+
+    Returns:
+        An :class:`Explanation`; ``print`` shows it as tables.
+
+    Raises:
+        ValueError, TypeError: an option that is unknown or has a value it may not have.
+    """
+    explanation = Explanation()
+    parsed = Options.parse(None, options)
+    torch._dynamo.reset()
+    breaks_before = dict(torch._dynamo.utils.counters["graph_break"])
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        bound = prepare(gm, example_inputs, parsed)
+        reports: list[_GraphReport] = []
+        scales: dict[str, tuple[float, ...]] = {}
+
+        def observe(graph: fx.Graph, before: str, counts: dict[str, int]) -> None:
+            reports.append(_GraphReport(bound))
+            reports[-1].read(graph, {})
+
+        inputs = [example_inputs[index] for index in bound.kept]
+        compiled = compile_bound(bound, inputs, parsed, observe, inner_compile=_Recorder(scales))
+        report = reports[-1]  # subgraphs of repeated regions come first; the last graph is the one that calls them
+        explanation.graphs += 1
+        _merge(explanation, report)
+        run = runner(compiled, bound)
+
+        def call(*arguments: Any) -> Any:
+            results = run(*arguments)
+            for quantizer, position in report.quantizers.items():
+                if quantizer in scales:
+                    found = explanation.activations[report.first_activation + position]
+                    values = {**found.__dict__, "global_scales": scales[quantizer]}
+                    explanation.activations[report.first_activation + position] = QuantizedActivation(**values)
+            return results
+
+        return call
+
+    with torch.inference_mode():
+        torch.compile(model, backend=backend)(*inputs, **kwargs)
+    for reason, count in torch._dynamo.utils.counters["graph_break"].items():
+        if count > breaks_before.get(reason, 0):
+            explanation.graph_breaks.append(reason)
+    torch._dynamo.reset()
+    return explanation
+
+
+class _Recorder:
+    """An ``inner_compile`` that runs the graph node by node and keeps the global scales it sees."""
+
+    def __init__(self, scales: dict[str, tuple[float, ...]]) -> None:
+        self.scales = scales
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+        scales = self.scales
+
+        class Interpreter(fx.Interpreter):
+            def run_node(self, node: fx.Node) -> Any:
+                result = super().run_node(node)
+                if node.target in QUANTIZERS and not result[2].is_meta and result[2].numel():
+                    low, high = result[2].aminmax()
+                    scales[node.name] = (float(low),) if result[2].dim() == 0 else (float(low), float(high))
+                return result
+
+        def run(inputs: list[Any]) -> Any:
+            arguments = tuple(inputs)
+            inputs.clear()
+            return Interpreter(gm).run(*arguments)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+
+class _GraphReport:
+    """Reads a rewritten graph: which operator reads each weight, and which weights read each quantisation."""
+
+    def __init__(self, bound: BoundGraph) -> None:
+        self.bound = bound
+        self.operators: dict[int, str] = {}
+        self.reasons: dict[int, str] = {}
+        self.activations: list[QuantizedActivation] = []
+        self.quantizers: dict[str, int] = {}
+        self.first_activation = 0
+
+    def read(self, graph: fx.Graph, operands: dict[fx.Node, int]) -> None:
+        """Reads a graph whose placeholders ``operands`` are codes of the weights with those numbers."""
+        numbers = dict(operands)
+        for node in graph.find_nodes(op="placeholder"):
+            part = packed_part(node)
+            if part is not None and part[1] == "codes":
+                numbers[node] = int(part[0])
+        for node in graph.nodes:
+            if node.target is INVOKE_SUBGRAPH:
+                subgraph = getattr(graph.owning_module, node.args[0].target).graph
+                inner = zip(subgraph.find_nodes(op="placeholder"), node.args[2:], strict=True)
+                self.read(subgraph, {placeholder: numbers[outer] for placeholder, outer in inner if outer in numbers})
+            elif node.target is MM:
+                for codes in node.args[3]:
+                    if codes in numbers:
+                        self.operators.setdefault(numbers[codes], OPERATORS[MM])
+            elif node.target is DEQUANTIZE and node.args[0] in numbers:
+                self.reasons[numbers[node.args[0]]] = f"dequantised: read by {_first_reader(node)}, which no pass matched"
+            elif node.target in QUANTIZERS:
+                self.quantizers.setdefault(node.name, len(self.activations))
+                self.activations.append(
+                    QuantizedActivation(OPERATORS[node.target], self._readers(node, numbers), _shape(node.args[0]), ())
+                )
+
+    def _readers(self, quantizer: fx.Node, numbers: dict[fx.Node, int]) -> tuple[str, ...]:
+        products = {user for item in quantizer.users for user in item.users if user.target is MM}
+        codes = [codes for product in sorted(products) for codes in product.args[3]]  # type: ignore[union-attr]
+        return tuple(self.bound.weights[numbers[node]].name for node in codes if node in numbers)  # type: ignore[index]
+
+
+def _first_reader(node: fx.Node) -> str:
+    """The first operation behind a dequantised weight that is more than a view or a cast of it."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.op == "output":
+            return "the caller"
+        name = str(getattr(user.target, "__name__", user.target)).removesuffix(".default")
+        if name not in ("permute", "view", "transpose", "t", "convert_element_type", "expand", "clone", "_unsafe_view"):
+            return f"aten.{name}"
+        node = user
+    return f"{len(node.users)} operations"
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    value: Tensor = node.meta["val"]
+    return tuple(int(size) if isinstance(size, int) else size for size in value.shape)
+
+
+def _merge(explanation: Explanation, report: _GraphReport) -> None:
+    """Adds a graph's weights and activations; a weight that several graphs read is listed once a way of reading."""
+    known = {(region.module, region.operator) for region in explanation.regions}
+    for number, weight in enumerate(report.bound.weights):
+        region = _region(weight, report.operators.get(number, ""), report.reasons.get(number, weight.reason))
+        if (region.module, region.operator) not in known:
+            explanation.regions.append(region)
+    report.first_activation = len(explanation.activations)
+    explanation.activations.extend(report.activations)
+
+
+def _region(weight: Weight, operator: str, reason: str) -> Region:
+    kind = "experts" if len(weight.shape) == 3 else "linear"
+    if "embedding" in reason or "embed" in weight.name:
+        kind = "embedding"
+    device = weight.packed.device.type if weight.packed is not None else ""
+    return Region(
+        module=weight.name,
+        kind=kind,
+        shape=weight.shape,
+        operator=operator,
+        kernel=kernel_name(device) if operator else "",
+        reason="" if operator else reason or "not read",
+        eligible=weight.eligible,
+        num_bytes=2 * math.prod(weight.shape),
+    )
+
+
+def kernel_name(device: str) -> str:
+    """What runs the NVFP4 operators on a device type."""
+    return {"cpu": "CPU reference", "meta": "none (meta device)"}.get(device, f"no {device} kernel yet")
+
+
+def _shorten(names: Sequence[str]) -> list[str]:
+    """Full name for the first reader, only what differs for the others."""
+    if not names:
+        return []
+    first = names[0].removesuffix(".weight")
+    prefix = first.rpartition(".")[0] + "."
+    return [first, *(name.removesuffix(".weight").removeprefix(prefix) for name in names[1:])]
