@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.guards import GuardBuilder
+from torch._dynamo.source import LocalSource
+from torch._guards import ChainedSource, TracingContext
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dsv4_compile.options import Options
@@ -23,6 +26,9 @@ from dsv4_compile.quantization import ineligible_reason
 from dsv4_compile.tensor import Nvfp4Tensor
 
 INVOKE_SUBGRAPH = torch.ops.higher_order.invoke_subgraph
+
+Parts = tuple[fx.Node, fx.Node, fx.Node]
+Kind = tuple[torch.dtype, torch.Size]  # the dtype a packed weight stands for, and the shape of its global scale
 
 
 @dataclass
@@ -54,6 +60,7 @@ class BoundGraph:
         weights: the bound weights by ``<i>``, then the plain ones that were left alone, with reasons.
         packed_here: plain parameters that were packed at compile time, for this graph or an earlier one.
         newly_packed: how many of those no earlier graph had packed.
+        replaced: the weights that stand in the compiled code, by the index of Dynamo's input they came as.
     """
 
     gm: fx.GraphModule
@@ -61,6 +68,7 @@ class BoundGraph:
     weights: list[Weight] = field(default_factory=list)
     packed_here: list[Tensor] = field(default_factory=list)
     newly_packed: int = 0
+    replaced: dict[int, Tensor] = field(default_factory=dict)
 
 
 def bind_weights(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> BoundGraph:
@@ -70,10 +78,14 @@ def bind_weights(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
         gm: the graph Dynamo captured, parameters as placeholders.
         example_inputs: the real inputs, parameters included.
         options: which plain weights to pack.
+
+    Raises:
+        RuntimeError: the graph writes into a packed weight.
     """
     bound = BoundGraph(_copy_graph(gm), [])
     left_alone: list[Weight] = []
-    operands: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]] = {}
+    operands: dict[fx.Node, Parts] = {}
+    kinds: dict[fx.Node, Kind] = {}
     for index, (node, value) in enumerate(
         zip(bound.gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
     ):
@@ -90,15 +102,36 @@ def bind_weights(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
         if packed is None:
             bound.kept.append(index)
             continue
+        bound.replaced[index] = value
         operands[node] = _register(bound.gm, len(bound.weights), packed)
+        kinds[node] = (packed.dtype, packed.global_scale.shape)
         bound.weights.append(Weight(name, tuple(packed.shape), packed))
-    _replace_by_parts(bound.gm, operands, {node: node.meta["example_value"].dtype for node in operands})
+    _guard_identity(operands)
+    _replace_by_parts(bound.gm, operands, kinds)
     for node in operands:
         bound.gm.graph.erase_node(node)
     bound.weights.extend(left_alone)
     bound.gm.graph.lint()
     bound.gm.recompile()
     return bound
+
+
+def _guard_identity(placeholders: Iterable[fx.Node]) -> None:
+    """Has Dynamo compile again for another weight in the place of a bound one.
+
+    Dynamo guards a parameter's shape and dtype only, so the code of one layer would serve all layers of its class, and
+    a weight that was replaced (``load_state_dict(assign=True)``) would go unnoticed. The guard on the module makes
+    Dynamo count recompiles for each module by itself.
+    """
+    context = TracingContext.try_get()
+    for node in placeholders:
+        source = getattr(node, "_dynamo_source", None)
+        if context is None or source is None:
+            continue
+        guards = context.guards_context.dynamo_guards
+        guards.add(source.make_guard(GuardBuilder.ID_MATCH))
+        if isinstance(source, ChainedSource) and isinstance(root := source.get_base(), LocalSource):
+            guards.add(root.make_guard(GuardBuilder.ID_MATCH))
 
 
 def parameter_name(placeholder: fx.Node) -> str:
@@ -143,41 +176,55 @@ def _register(gm: fx.GraphModule, number: int, packed: Nvfp4Tensor) -> tuple[fx.
 
 def _replace_by_parts(
     gm: fx.GraphModule,
-    operands: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]],
-    dtypes: dict[fx.Node, torch.dtype],
+    operands: dict[fx.Node, Parts],
+    kinds: dict[fx.Node, Kind],
 ) -> None:
     """Gives each user of a packed node its own dequantize call, and subgraphs the parts as operands."""
-    calls = [node for node in gm.graph.find_nodes(op="call_function", target=INVOKE_SUBGRAPH)]
+    calls = list(gm.graph.find_nodes(op="call_function", target=INVOKE_SUBGRAPH))
     by_subgraph: dict[str, list[fx.Node]] = {}
     for call in calls:
         by_subgraph.setdefault(call.args[0].target, []).append(call)  # type: ignore[union-attr, arg-type]
     for target, group in by_subgraph.items():
-        _pass_parts_to_subgraph(getattr(gm, target), group, operands, dtypes)
+        _pass_parts_to_subgraph(getattr(gm, target), group, operands, kinds)
     for node, parts in operands.items():
         for user in list(node.users):
+            if _writes(user, node):
+                raise RuntimeError(
+                    f"dsv4: {parameter_name(node)} must not be written to by the compiled function, got "
+                    f"{_name(user)}: a packed weight may be updated between calls, with copy_"
+                )
             with gm.graph.inserting_before(user):
-                weight = gm.graph.call_function(torch.ops.dsv4.dequantize_nvfp4.default, (*parts, dtypes[node]))
+                weight = gm.graph.call_function(torch.ops.dsv4.dequantize_nvfp4.default, (*parts, kinds[node][0]))
             weight.meta.update(user.meta)
             weight.meta.pop("example_value", None)
             user.replace_input_with(node, weight)
 
 
+def _writes(user: fx.Node, weight: fx.Node) -> bool:
+    name = _name(user)
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_OPERATORS
+    return (in_place and user.args[:1] == (weight,)) or user.kwargs.get("out") is weight
+
+
+_IN_PLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "setitem"}
+
+
 def _pass_parts_to_subgraph(
     subgraph: fx.GraphModule,
     calls: list[fx.Node],
-    operands: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]],
-    dtypes: dict[fx.Node, torch.dtype],
+    operands: dict[fx.Node, Parts],
+    kinds: dict[fx.Node, Kind],
 ) -> None:
     """Replaces operands that are packed in every call by their three parts, inside and outside.
 
-    An operand that is packed in some calls only is dequantised outside those calls.
+    An operand that is packed in some calls only, or differently, is dequantised outside those calls.
     """
-    inner: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]] = {}
-    inner_dtypes: dict[fx.Node, torch.dtype] = {}
+    inner: dict[fx.Node, Parts] = {}
+    inner_kinds: dict[fx.Node, Kind] = {}
     new_arguments: list[list[Any]] = [list(call.args[:2]) for call in calls]
     for position, placeholder in enumerate(subgraph.graph.find_nodes(op="placeholder")):
         arguments = [call.args[2 + position] for call in calls]
-        packed = all(argument in operands for argument in arguments)
+        packed = all(argument in operands for argument in arguments) and len({kinds[node] for node in arguments}) == 1
         for call_arguments, argument in zip(new_arguments, arguments, strict=True):
             call_arguments.extend(operands[argument] if packed else (argument,))  # type: ignore[index, arg-type]
         if packed:
@@ -186,10 +233,10 @@ def _pass_parts_to_subgraph(
                     subgraph.graph.placeholder(f"{placeholder.name}_{part}")
                     for part in ("codes", "block_scales", "global_scale")
                 )
-            inner_dtypes[placeholder] = dtypes[arguments[0]]  # type: ignore[index]
+            inner_kinds[placeholder] = kinds[arguments[0]]
     for call, call_arguments in zip(calls, new_arguments, strict=True):
         call.args = tuple(call_arguments)
-    _replace_by_parts(subgraph, inner, inner_dtypes)
+    _replace_by_parts(subgraph, inner, inner_kinds)
     for placeholder in inner:
         subgraph.graph.erase_node(placeholder)
     subgraph.graph.lint()
@@ -224,37 +271,50 @@ def runner(compiled: Callable[..., Any], bound: BoundGraph) -> Callable[..., Any
 
     A plain parameter that was packed at compile time and is written to in place afterwards (``load_state_dict``,
     an optimiser) is packed again, into the same buffers, before the next call. Reading the version counters costs
-    0.05 us a weight.
+    0.05 us a weight. Writing through ``.data`` or to a parameter made under inference_mode moves no counter.
+
+    Raises:
+        RuntimeError: when called with other weights than the compiled code holds, which only happens where
+            ``guard_filter_fn`` has removed the guards that would have made Dynamo compile again.
     """
-    if not bound.kept:
-        select: Callable[[Sequence[Any]], Sequence[Any]] = lambda inputs: ()  # noqa: E731
-    elif len(bound.kept) == 1:
-        only = bound.kept[0]
-        select = lambda inputs: (inputs[only],)  # noqa: E731
-    else:
-        select = operator.itemgetter(*bound.kept)
-
+    select = _selector(bound.kept)
+    select_weights = _selector(bound.replaced)
+    weights = tuple(bound.replaced.values())
     plain_weights = [plain for plain in bound.packed_here if not plain.is_inference()]
-    if not plain_weights:
-        return lambda *inputs: compiled(*select(inputs))
-
     read_version = operator.attrgetter("_version")
     versions = list(map(read_version, plain_weights))
 
     def call(*inputs: Any) -> Any:
-        current = list(map(read_version, plain_weights))
-        if current != versions:
-            for plain in plain_weights:
-                _pack_once(plain)
-            versions[:] = current
+        nonlocal versions
+        if any(map(operator.is_not, select_weights(inputs), weights)):
+            raise RuntimeError(
+                "dsv4: weights must be the ones this code was compiled with, got others and no guard that compiles "
+                "again: leave out guard_filter_fn, or do not replace weights, nor share one compiled code object "
+                "between layers"
+            )
+        if plain_weights:
+            current = list(map(read_version, plain_weights))
+            if current != versions:
+                for plain in plain_weights:
+                    _pack_once(plain)
+                versions = current
         return compiled(*select(inputs))
 
     return call
 
 
+def _selector(indices: Iterable[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """A function that picks the items at ``indices`` of a sequence, as a tuple."""
+    chosen = tuple(indices)
+    if len(chosen) > 1:
+        return operator.itemgetter(*chosen)
+    return lambda inputs: tuple(inputs[index] for index in chosen)
+
+
 # How a weight may reach the contraction that reads it. Anything else (an embedding look-up, arithmetic on the weight,
 # a returned weight) means that its plain values matter, and it is left alone.
 _TRANSPOSES_LAST_TWO = {"t", "T", "mT"}
+_TRANSPOSE_ARGUMENTS = {"permute": ("input", "dims"), "transpose": ("input", "dim0", "dim1")}
 _LINEAR_FUNCTIONS = {torch._C._nn.linear, torch.nn.functional.linear}
 _MATMUL_FUNCTIONS = {torch.matmul, operator.matmul, torch.mm}
 # Matrix products that have no pass: what they read is eligible, and explain lists it as not covered.
@@ -273,7 +333,9 @@ def _reason_to_leave(
     for reader, reads_as_linear in _readers(gm, node, transposed=False):
         if not reads_as_linear:
             product = _name(reader) in _OTHER_PRODUCTS
-            return f"read by {_name(reader)}, " + ("a form no pass matches" if product else "no matrix product"), product
+            return f"read by {_name(reader)}, " + (
+                "a form no pass matches" if product else "no matrix product"
+            ), product
     return ("", True) if node.users else ("not used", False)
 
 
@@ -307,10 +369,11 @@ def _swaps_last_two(user: fx.Node, weight: fx.Node) -> bool:
         return True
     if user.target is torch.t:
         return True
-    if _name(user) not in ("transpose", "permute") or weight.meta["example_value"].dim() != 2:
+    if _name(user) not in _TRANSPOSE_ARGUMENTS or weight.meta["example_value"].dim() != 2:
         return False
-    dims = user.args[1] if isinstance(user.args[1], (tuple, list)) else user.args[1:]
-    return [dim % 2 for dim in dims] in ([1, 0], [0, 1] if _name(user) == "transpose" else [1, 0])  # type: ignore[operator, union-attr]
+    _, *dims = _arguments(user, *_TRANSPOSE_ARGUMENTS[_name(user)])
+    dims = list(dims[0]) if isinstance(dims[0], (tuple, list)) else dims
+    return [dim % 2 for dim in dims] in ([1, 0], [0, 1] if _name(user) == "transpose" else [1, 0])
 
 
 def _contracts(user: fx.Node, weight: fx.Node, transposed: bool) -> bool:
@@ -318,9 +381,16 @@ def _contracts(user: fx.Node, weight: fx.Node, transposed: bool) -> bool:
     if example is None or example.dim() != 2:
         return False
     if user.target in _LINEAR_FUNCTIONS:
-        return not transposed and user.args[1] is weight and user.args[0] is not weight
-    if user.target in _MATMUL_FUNCTIONS or (user.op == "call_method" and user.target in ("matmul", "mm")):
-        return transposed and user.args[1] is weight and user.args[0] is not weight
-    if user.target in (torch.addmm, "addmm"):
-        return transposed and user.args[2] is weight and weight not in user.args[:2]
-    return False
+        operands, position, wanted = _arguments(user, "input", "weight", "bias"), 1, False
+    elif user.target in _MATMUL_FUNCTIONS or (user.op == "call_method" and user.target in ("matmul", "mm")):
+        operands, position, wanted = _arguments(user, "input", "mat2" if _name(user) == "mm" else "other"), 1, True
+    elif user.target in (torch.addmm, "addmm"):
+        operands, position, wanted = _arguments(user, "input", "mat1", "mat2"), 2, True
+    else:
+        return False
+    return transposed == wanted and [i for i, operand in enumerate(operands) if operand is weight] == [position]
+
+
+def _arguments(user: fx.Node, *names: str) -> list[Any]:
+    """The arguments of a call, however they were passed: positional ones, then those of ``names`` that remain."""
+    return [*user.args, *(user.kwargs.get(name) for name in names[len(user.args) :])]

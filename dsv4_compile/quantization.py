@@ -83,9 +83,9 @@ def quantize_(
 
     Args:
         model: any module tree; its weights stay on their device.
-        include: shell-style patterns of full parameter names; given, only these are packed, whatever their attribute
-            is called, fp32 ones too.
-        exclude: patterns left alone, by default vocabulary projections and routers.
+        include: shell-style patterns of full parameter names, or one; given, only these are packed, whatever their
+            attribute is called, fp32 ones too.
+        exclude: patterns left alone, or one, by default vocabulary projections and routers.
 
     Returns:
         A report of what was packed and what was not, with reasons.
@@ -94,8 +94,8 @@ def quantize_(
         ValueError: a pattern of ``include`` matches no parameter, or a weight to pack holds NaN or Inf; the model is
             left as it was.
     """
-    include = None if include is None else tuple(include)
-    exclude = tuple(exclude)
+    include = (include,) if isinstance(include, str) else None if include is None else tuple(include)
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for pattern in include or ():
         if not any(fnmatchcase(name, pattern) for name in parameters):
@@ -179,6 +179,7 @@ def unflatten_state_dict(flat: Mapping[str, Tensor], dtype: torch.dtype = torch.
 
     Raises:
         RuntimeError: the three parts of a weight do not belong together.
+        ValueError: a weight has a global scale but no block scales.
     """
     state_dict: dict[str, Tensor] = {}
     parts = {f"{name}{suffix}" for name in flat if f"{name}_scale_2" in flat for suffix in ("_scale", "_scale_2")}
@@ -186,6 +187,8 @@ def unflatten_state_dict(flat: Mapping[str, Tensor], dtype: torch.dtype = torch.
         if name in parts:
             continue
         if f"{name}_scale_2" in flat:
+            if f"{name}_scale" not in flat:
+                raise ValueError(f"unflatten_state_dict: flat must hold {name}_scale, as it holds {name}_scale_2")
             state_dict[name] = Nvfp4Tensor(value, flat[f"{name}_scale"], flat[f"{name}_scale_2"], dtype=dtype)
         else:
             state_dict[name] = value

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from dsv4_compile import nvfp4
 from dsv4_compile.ops import dequantize_nvfp4
-from dsv4_compile.ops.registration import check_packed
+from dsv4_compile.ops.registration import FLOAT_DTYPES, check_packed
 
 aten = torch.ops.aten
 
@@ -30,7 +30,7 @@ class Nvfp4Tensor(torch.Tensor):
         block_scales: float8_e4m3fn [..., N, K/16], row-major.
         global_scale: fp32, 0-d for one matrix; [E] for experts; [S] or [E, S] for S equal row segments (gate and up
             merged in one weight, each with its own).
-        dtype: the float dtype it stands for.
+        dtype: the dtype it stands for: bf16, fp16 or fp32.
 
     Raises:
         RuntimeError: dtypes or shapes that do not belong together.
@@ -39,6 +39,8 @@ class Nvfp4Tensor(torch.Tensor):
     codes: Tensor
     block_scales: Tensor
     global_scale: Tensor
+    # A part of a weight whose global scale also holds for the rest: copying into it would change the rest.
+    shares_global_scale = False
 
     @staticmethod
     def __new__(
@@ -47,6 +49,9 @@ class Nvfp4Tensor(torch.Tensor):
         check_packed("Nvfp4Tensor", "", codes, block_scales, global_scale)
         torch._check(
             codes.dim() in (2, 3), lambda: f"Nvfp4Tensor: codes must be 2-D or 3-D, got shape {tuple(codes.shape)}"
+        )
+        torch._check(
+            dtype in FLOAT_DTYPES, lambda: f"Nvfp4Tensor: dtype must be bfloat16, float16 or float32, got {dtype}"
         )
         shape = (*codes.shape[:-1], 2 * codes.shape[-1])
         wrapper: Nvfp4Tensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
@@ -66,12 +71,12 @@ class Nvfp4Tensor(torch.Tensor):
         """Quantises a weight [N, K] or experts [E, N, K] with ``max|w| / 2688`` as each matrix's global scale.
 
         Raises:
-            ValueError: not a float tensor of 2 or 3 dimensions with K % 16 == 0, or NaN or Inf in it.
+            ValueError: not a bf16, fp16 or fp32 tensor of 2 or 3 dimensions with K % 16 == 0, or NaN or Inf in it.
         """
-        if not weight.is_floating_point() or weight.dim() not in (2, 3) or weight.shape[-1] % nvfp4.BLOCK_SIZE:
+        if weight.dtype not in FLOAT_DTYPES or weight.dim() not in (2, 3) or weight.shape[-1] % nvfp4.BLOCK_SIZE:
             raise ValueError(
-                "Nvfp4Tensor.from_float: weight must be a float tensor [N, K] or [E, N, K] with K divisible by "
-                f"{nvfp4.BLOCK_SIZE}, got {weight.dtype} {tuple(weight.shape)}"
+                "Nvfp4Tensor.from_float: weight must be a bf16, fp16 or fp32 tensor [N, K] or [E, N, K] with K "
+                f"divisible by {nvfp4.BLOCK_SIZE}, got {weight.dtype} {tuple(weight.shape)}"
             )
         with torch.no_grad():
             return cls(*nvfp4.quantize_weight(weight.detach()), dtype=weight.dtype)
@@ -90,6 +95,14 @@ class Nvfp4Tensor(torch.Tensor):
 
     def _map(self, fn: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> Nvfp4Tensor:
         return Nvfp4Tensor(*(fn(part) for part in self._parts()), dtype=dtype or self.dtype)
+
+    def _part(self, fn: Callable[[Tensor], Tensor]) -> Nvfp4Tensor:
+        # fn views along the first dimension, which a 0-d global scale has not: that one stays the whole weight's.
+        scale = fn(self.global_scale) if self.global_scale.dim() else self.global_scale
+        part = Nvfp4Tensor(fn(self.codes), fn(self.block_scales), scale, dtype=self.dtype)
+        is_borrowed = self.global_scale.dim() == 0 and part.shape != self.shape
+        part.shares_global_scale = self.shares_global_scale or is_borrowed
+        return part
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         kind = "Parameter(Nvfp4Tensor" if getattr(self, "_is_param", False) else "Nvfp4Tensor"
@@ -121,7 +134,7 @@ class Nvfp4Tensor(torch.Tensor):
             out = handler(func, *args, **kwargs)
             if out is not NotImplemented:
                 return return_and_correct_aliasing(func, args, kwargs, out)
-        if _writes_packed(func, args):
+        if _writes_packed(func, args, kwargs):
             raise RuntimeError(
                 f"Nvfp4Tensor: {func} would write into a packed weight, which only copy_ may do; "
                 "dequantize() it, change the copy, and quantise that with Nvfp4Tensor.from_float"
@@ -130,15 +143,19 @@ class Nvfp4Tensor(torch.Tensor):
         return func(*args, **kwargs)
 
 
-def _writes_packed(func: Any, args: Any) -> bool:
-    return func._schema.is_mutable and any(
-        isinstance(value, Nvfp4Tensor) and argument.alias_info is not None and argument.alias_info.is_write
-        for value, argument in zip(args, func._schema.arguments, strict=False)
-    )
+def _writes_packed(func: Any, args: Any, kwargs: Any) -> bool:
+    written = [
+        args[index] if index < len(args) else kwargs.get(argument.name)
+        for index, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return any(isinstance(value, Nvfp4Tensor) for value in torch.utils._pytree.tree_leaves(written))
 
 
 def _map_parts(func: Any, weight: Nvfp4Tensor, **kwargs: Any) -> Nvfp4Tensor:
-    return weight._map(func)
+    same = weight._map(func)
+    same.shares_global_scale = weight.shares_global_scale
+    return same
 
 
 def _clone(func: Any, weight: Nvfp4Tensor, *, memory_format: Any = None) -> Nvfp4Tensor:
@@ -148,7 +165,7 @@ def _clone(func: Any, weight: Nvfp4Tensor, *, memory_format: Any = None) -> Nvfp
 def _to_copy(
     func: Any, weight: Nvfp4Tensor, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **kwargs: Any
 ) -> Any:
-    if dtype is not None and not dtype.is_floating_point:
+    if dtype is not None and dtype not in FLOAT_DTYPES:
         return NotImplemented
     return weight._map(lambda part: part.to(device=device, non_blocking=non_blocking, copy=True), dtype)
 
@@ -156,34 +173,51 @@ def _to_copy(
 def _copy(func: Any, target: Any, source: Tensor, non_blocking: bool = False) -> Any:
     if not isinstance(target, Nvfp4Tensor):
         return NotImplemented
-    if not isinstance(source, Nvfp4Tensor):
-        source = Nvfp4Tensor.from_float(source.expand(target.shape))
-    global_scale = source.global_scale
+    if target.shares_global_scale:
+        raise ValueError(
+            "Nvfp4Tensor.copy_: target must have a global scale of its own, got a part of a weight that has one for "
+            "all of it; copy into the whole weight"
+        )
+    packed = source if isinstance(source, Nvfp4Tensor) else _pack_like(target, source)
+    global_scale = packed.global_scale
     if global_scale.dim() < target.global_scale.dim():
         global_scale = global_scale.unsqueeze(-1)
-    if source.shape != target.shape or global_scale.dim() > target.global_scale.dim():
+    if packed.shape != target.shape or not _broadcasts(global_scale.shape, target.global_scale.shape):
         raise ValueError(
             f"Nvfp4Tensor.copy_: source must have shape {tuple(target.shape)} and global scale "
-            f"{tuple(target.global_scale.shape)}, got {tuple(source.shape)} and {tuple(source.global_scale.shape)}"
+            f"{tuple(target.global_scale.shape)}, got {tuple(packed.shape)} and {tuple(packed.global_scale.shape)}"
         )
-    target.codes.copy_(source.codes, non_blocking)
-    target.block_scales.copy_(source.block_scales, non_blocking)
+    target.codes.copy_(packed.codes, non_blocking)
+    target.block_scales.copy_(packed.block_scales, non_blocking)
     target.global_scale.copy_(global_scale, non_blocking)
     return target
+
+
+def _broadcasts(shape: Any, target: Any) -> bool:
+    pairs = zip(reversed(shape), reversed(target), strict=False)
+    return len(shape) <= len(target) and all(size in (1, wanted) for size, wanted in pairs)
+
+
+def _pack_like(target: Nvfp4Tensor, source: Tensor) -> Nvfp4Tensor:
+    if not _broadcasts(source.shape, target.shape):
+        raise ValueError(f"Nvfp4Tensor.copy_: source must have shape {tuple(target.shape)}, got {tuple(source.shape)}")
+    source = source.expand(target.shape)
+    packed = Nvfp4Tensor.from_float(source)
+    if target.global_scale.dim() == 0 and packed.global_scale.dim() == 1:  # experts with one global scale for all
+        packed = Nvfp4Tensor(*nvfp4.quantize(source), dtype=source.dtype)
+    return packed
 
 
 def _select(func: Any, weight: Nvfp4Tensor, dim: int, index: int) -> Any:
     if weight.dim() != 3 or dim % weight.dim() != 0:
         return NotImplemented
-    return weight._map(lambda part: part.select(0, index))
+    return weight._part(lambda part: part.select(0, index))
 
 
 def _slice(func: Any, weight: Nvfp4Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
     if dim % weight.dim() != 0 or (weight.dim() == 2 and weight.global_scale.dim() != 0):
         return NotImplemented
-    codes, block_scales = (func(part, 0, start, end, step) for part in (weight.codes, weight.block_scales))
-    scale = weight.global_scale if weight.dim() == 2 else func(weight.global_scale, 0, start, end, step)
-    return Nvfp4Tensor(codes, block_scales, scale, dtype=weight.dtype)
+    return weight._part(lambda part: func(part, 0, start, end, step))
 
 
 def _index(func: Any, weight: Any, indices: list[Any]) -> Any:
@@ -194,7 +228,7 @@ def _index(func: Any, weight: Any, indices: list[Any]) -> Any:
     def gather(part: Tensor) -> Tensor:  # by bytes: fp8 tensors have no index kernel
         if part.dtype == torch.float8_e4m3fn:
             return gather(part.view(torch.uint8)).view(part.dtype)
-        gathered: Tensor = func(part, indices)
+        gathered: Tensor = func(part, indices) if part.dim() else part.clone()
         return gathered
 
     return weight._map(gather)

@@ -73,8 +73,7 @@ def reference(
     order of summation, nor on which rows share the batch.
     """
     out = allocate(a_codes, a_block_scales, a_global_scale, b_codes, b_block_scales, b_global_scales, bias, out_dtype)
-    n = out.shape[-1]
-    rows = out.view(-1, n)
+    rows = out.view(out.shape[:-1].numel(), out.shape[-1])
     a = nvfp4.scaled_codes(a_codes, a_block_scales, torch.float64).reshape(rows.shape[0], 2 * a_codes.shape[-1])
     a_scale = a_global_scale.reshape(-1, 1) if a_global_scale.dim() else a_global_scale
     chunk_rows = max(1, _REFERENCE_CHUNK_ELEMENTS // max(1, a.shape[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from torch._inductor.pattern_matcher import (
     PatternExpr,
     PatternMatcherPass,
     fwd_only,
-    gen_pattern,
+    fx_to_pattern,
+    gen_pattern_and_search_gm,
 )
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -86,21 +88,31 @@ class Fusion:
         seen: set[str] = set()
         for pattern_function in self.patterns:
             for inputs in self.example_inputs():
-                pattern = gen_pattern(pattern_function, inputs, fwd_only)
+                pattern = _trace(pattern_function, inputs)
                 if self.shared:
                     _allow_other_readers(pattern)
                 if repr(pattern) not in seen:
                     seen.add(repr(pattern))
-                    GraphPatternEntry(pattern=pattern, extra_check=lambda match: True, handler=self._rewrite).register(
-                        matcher
-                    )
+                    entry = GraphPatternEntry(pattern=pattern, extra_check=self._is_exact, handler=self._rewrite)
+                    entry.register(matcher)
         return matcher.apply  # type: ignore[return-value]
+
+    def _is_exact(self, match: Match) -> bool:
+        # The matcher passes over keyword arguments that the pattern does not have, such as addmm's alpha and beta.
+        return not any(node.kwargs for node in match.nodes) and self.applies(match) is not None
 
     def _rewrite(self, match: Match, *args: Any, **kwargs: Any) -> None:
         prepared = self.applies(match)
-        if prepared is not None:
-            replacement, arguments = prepared
-            match.replace_by_example(replacement, arguments)
+        assert prepared is not None
+        replacement, arguments = prepared
+        match.replace_by_example(replacement, arguments)
+
+
+def _trace(function: Callable[..., Any], inputs: Sequence[Tensor]) -> PatternExpr:
+    """The pattern of a traced function: dtypes and devices match anything, other constants (dims) only themselves."""
+    traced = gen_pattern_and_search_gm(function, inputs, fwd_only)[1]
+    names = [*inspect.signature(function).parameters]
+    return fx_to_pattern(traced, ignore_types=(torch.device, torch.dtype), argnames=names)
 
 
 def _allow_other_readers(pattern: PatternExpr) -> None:

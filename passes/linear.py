@@ -1,7 +1,7 @@
 """Linear: a packed weight in front of a matrix product becomes ``quantize_nvfp4`` + ``nvfp4_mm``.
 
 Matches: ``mm(x, dequantize(w).t())`` and ``addmm(bias, x, dequantize(w).t())``, which is what F.linear, ``x @ w.t()``
-and torch.addmm decompose to, with an optional cast between weight and transpose (autocast).
+and torch.addmm decompose to, with an optional cast before or after the transpose (autocast).
 Rewrites to: ``nvfp4_mm(*quantize_nvfp4(x), [w], bias)``, rounded once to the dtype of the product it replaces.
 """
 
@@ -28,6 +28,11 @@ def mm_cast_weight(x: Tensor, codes: Tensor, block_scales: Tensor, global_scale:
     return torch.mm(x, weight.to(x.dtype).t())
 
 
+def mm_cast_transposed(x: Tensor, codes: Tensor, block_scales: Tensor, global_scale: Tensor) -> Tensor:
+    weight = dequantize_nvfp4(codes, block_scales, global_scale, torch.float32)
+    return torch.mm(x, weight.t().to(x.dtype))
+
+
 def addmm(bias: Tensor, x: Tensor, codes: Tensor, block_scales: Tensor, global_scale: Tensor) -> Tensor:
     return torch.addmm(bias, x, dequantize_nvfp4(codes, block_scales, global_scale, x.dtype).t())
 
@@ -35,6 +40,11 @@ def addmm(bias: Tensor, x: Tensor, codes: Tensor, block_scales: Tensor, global_s
 def addmm_cast_weight(bias: Tensor, x: Tensor, codes: Tensor, block_scales: Tensor, global_scale: Tensor) -> Tensor:
     weight = dequantize_nvfp4(codes, block_scales, global_scale, torch.float32)
     return torch.addmm(bias, x, weight.to(x.dtype).t())
+
+
+def addmm_cast_transposed(bias: Tensor, x: Tensor, codes: Tensor, block_scales: Tensor, global_scale: Tensor) -> Tensor:
+    weight = dequantize_nvfp4(codes, block_scales, global_scale, torch.float32)
+    return torch.addmm(bias, x, weight.t().to(x.dtype))
 
 
 def _packed_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -80,6 +90,6 @@ def build(granularity: str) -> list[Fusion]:
     """The fusions of this file for one granularity of the activation global scale."""
     check = functools.partial(applies, granularity=granularity)
     return [
-        Fusion("linear", (mm, mm_cast_weight), mm_inputs, check, shared=True),
-        Fusion("linear_bias", (addmm, addmm_cast_weight), addmm_inputs, check, shared=True),
+        Fusion("linear", (mm, mm_cast_weight, mm_cast_transposed), mm_inputs, check, shared=True),
+        Fusion("linear_bias", (addmm, addmm_cast_weight, addmm_cast_transposed), addmm_inputs, check, shared=True),
     ]

@@ -19,11 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._inductor.pattern_matcher import Match
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from dsv4_compile.ops import quantize_nvfp4, swiglu_quantize_nvfp4
 from dsv4_compile.passes.graph import CAST, Fusion, aten, same_shape, value
 
 Packed = tuple[Tensor, Tensor, Tensor]
+
+_CLAMPS = (
+    aten.clamp.default,
+    aten.clamp_max.default,
+    aten.clamp_min.default,
+    aten.minimum.default,
+    aten.maximum.default,
+)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
@@ -42,6 +51,14 @@ def mul_sigmoid(gate: Tensor, up: Tensor) -> Tensor:
     return up * (gate * torch.sigmoid(gate))
 
 
+def sigmoid_first_mul(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.sigmoid(gate) * gate * up
+
+
+def mul_sigmoid_first(gate: Tensor, up: Tensor) -> Tensor:
+    return up * (torch.sigmoid(gate) * gate)
+
+
 def example_inputs() -> Sequence[Sequence[Tensor]]:
     return [
         (torch.empty(8, 32, dtype=dtype), torch.empty(8, 32, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)
@@ -55,6 +72,8 @@ def replacement(gate: Tensor, up: Tensor, *, limit: float, granularity: str) -> 
 def applies(match: Match, granularity: str) -> tuple[Any, list[Any]] | None:
     """Exact when gate and up have one shape and dtype; the clamps are folded only when they are DeepSeek's."""
     gate, up = match.kwargs["gate"], match.kwargs["up"]
+    if not isinstance(up, fx.Node):
+        return None  # silu(gate) times a number
     gate_input, gate_low, gate_high = without_clamps(gate)
     up_input, up_low, up_high = without_clamps(up)
     limit = math.inf
@@ -92,8 +111,10 @@ def without_clamps(node: fx.Node) -> tuple[fx.Node, float, float]:
 
 
 def _clamp_step(node: fx.Node) -> tuple[fx.Node, float, float] | None:
-    source: Any = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node) or node.op != "call_function" or not value(source).is_floating_point():
+    if node.target is not CAST and node.target not in _CLAMPS:
+        return None
+    source: Any = node.args[0]
+    if not value(source).is_floating_point() or not same_shape(value(source).shape, value(node).shape):
         return None
     if node.target is CAST:
         return source, -math.inf, math.inf
@@ -118,6 +139,11 @@ def _constant(bound: Any) -> Any:
     """The number behind a bound: itself, or what a scalar tensor was filled with."""
     if isinstance(bound, fx.Node) and bound.target is aten.full.default:
         return bound.args[1]
+    if isinstance(bound, fx.Node) and bound.target is aten.lift_fresh_copy.default:  # torch.tensor(limit)
+        constant: Any = bound.args[0]
+        if constant.op == "get_attr" and value(constant).dim() == 0:
+            with unset_fake_temporarily():
+                return getattr(bound.graph.owning_module, constant.target).item()
     return bound
 
 
@@ -133,6 +159,6 @@ def _quantized(
 
 def build(granularity: str) -> list[Fusion]:
     """The fusion of this file for one granularity of the activation global scale."""
-    forms = (silu_mul, mul_silu, sigmoid_mul, mul_sigmoid)
+    forms = (silu_mul, mul_silu, sigmoid_mul, mul_sigmoid, sigmoid_first_mul, mul_sigmoid_first)
     patterns = [_quantized(form, granularity, cast) for cast in (False, True) for form in forms]
     return [Fusion("swiglu", patterns, example_inputs, functools.partial(applies, granularity=granularity))]
