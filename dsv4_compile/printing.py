@@ -80,9 +80,11 @@ class _Printer:
         if "val" not in node.meta:
             self.names[node] = str(node.target)
             return None
+        if not node.users:
+            return None
         self.names[node] = f"x{self.num_inputs}"
         self.num_inputs += 1
-        return f"{self.names[node]}: {self.type_of(node.meta['val'])}" if node.users else None
+        return f"{self.names[node]}: {self.type_of(node.meta['val'])}"
 
     def argument(self, argument: Any) -> str:
         if isinstance(argument, fx.Node):
@@ -108,8 +110,13 @@ class _Printer:
         return type(value).__name__
 
     def symbol(self, size: Any) -> str:
-        """Symbols are numbered s0, s1 ... in the order they appear, whatever Dynamo called them."""
-        return re.sub(r"\b[su]\d+\b", lambda m: self.symbols.setdefault(m[0], f"s{len(self.symbols)}"), str(size))
+        """Symbols are numbered in the order they appear: s0, s1 ... for sizes, u0, u1 ... for values read on the host."""
+
+        def number(match: re.Match[str]) -> str:
+            known = sum(name.startswith(match[1]) for name in self.symbols.values())
+            return self.symbols.setdefault(match[0], f"{match[1]}{known}")
+
+        return re.sub(r"\b([su])\d+\b", number, str(size))
 
 
 def packed_part(node: fx.Node) -> tuple[str, str] | None:

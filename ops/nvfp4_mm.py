@@ -10,9 +10,6 @@ from dsv4_compile.ops.registration import FLOAT_DTYPES, check_dtype, check_packe
 
 OP = "nvfp4_mm"
 
-# Weight elements that the CPU kernel expands to fp64 at a time: 16 MiB, small enough for the allocator to reuse.
-_REFERENCE_CHUNK_ELEMENTS = 1 << 21
-
 
 def allocate(
     a_codes: Tensor,
@@ -66,28 +63,17 @@ def reference(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """CPU kernel: the sum in fp64, rounded to fp32; then in fp32 ``sum * (gsa * gsb) + bias``; then ``out_dtype``.
-
-    A product of two scaled codes is a multiple of 2^-20 below 2^23, so fp64 adds them exactly while the sum of their
-    magnitudes stays under 2^33 (always for K <= 1176, in practice for every K): the result does not depend on the
-    order of summation, nor on which rows share the batch.
-    """
+    """CPU kernel: :func:`nvfp4.matmul`, the bias added in fp32, then ``out_dtype``."""
     out = allocate(a_codes, a_block_scales, a_global_scale, b_codes, b_block_scales, b_global_scales, bias, out_dtype)
     rows = out.view(out.shape[:-1].numel(), out.shape[-1])
     a = nvfp4.scaled_codes(a_codes, a_block_scales, torch.float64).reshape(rows.shape[0], 2 * a_codes.shape[-1])
-    a_scale = a_global_scale.reshape(-1, 1) if a_global_scale.dim() else a_global_scale
-    chunk_rows = max(1, _REFERENCE_CHUNK_ELEMENTS // max(1, a.shape[1]))
+    a_scale = a_global_scale.flatten() if a_global_scale.dim() else a_global_scale
     column = 0
     for codes, block_scales, global_scale in zip(b_codes, b_block_scales, b_global_scales, strict=True):
-        b_scale = nvfp4.expand_global_scale(global_scale, (), codes.shape[0]).reshape(-1)
-        for start in range(0, codes.shape[0], chunk_rows):
-            chunk = slice(start, min(start + chunk_rows, codes.shape[0]))
-            b = nvfp4.scaled_codes(codes[chunk], block_scales[chunk], torch.float64)
-            alpha = a_scale * (b_scale if b_scale.numel() == 1 else b_scale[chunk])
-            columns = slice(column + chunk.start, column + chunk.stop)
-            y = (a @ b.T).to(torch.float32) * alpha
-            rows[:, columns] = y if bias is None else y + bias[columns].to(torch.float32)
-        column += codes.shape[0]
+        columns = slice(column, column + codes.shape[0])
+        y = nvfp4.matmul(a, a_scale, codes, block_scales, global_scale)
+        rows[:, columns] = y if bias is None else y + bias[columns].to(torch.float32)
+        column = columns.stop
     return out
 
 

@@ -15,10 +15,11 @@ NAMESPACE = "dsv4"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 def define(schema: str, *, fake: Callable[..., Any], cpu: Callable[..., Any]) -> OpOverload:
-    """Registers ``dsv4::<schema>`` and returns its overload.
+    """Registers ``dsv4::<schema>``, named ``<op>`` or ``<op>.<overload>``, and returns its overload.
 
     ``Library.define`` and ``impl`` rather than ``custom_op``: 3-5 us a call instead of 14-18 (measured, CPU). The
     operators read inputs of any strides, so Inductor need not copy an input to give it the strides of eager mode.
@@ -28,7 +29,8 @@ def define(schema: str, *, fake: Callable[..., Any], cpu: Callable[..., Any]) ->
     LIBRARY.impl(name, cpu, "CPU")
     LIBRARY.impl(name, _no_kernel(name), "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    overload: OpOverload = getattr(torch.ops.dsv4, name).default
+    packet, _, overload_name = name.partition(".")
+    overload: OpOverload = getattr(getattr(torch.ops.dsv4, packet), overload_name or "default")
     return overload
 
 
@@ -52,12 +54,14 @@ def check_dtype(op: str, argument: str, tensor: Tensor, allowed: tuple[torch.dty
     )
 
 
+def check_choice(op: str, argument: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Checks a string argument against the values it may take."""
+    torch._check(value in allowed, lambda: f"{op}: {argument} must be one of {', '.join(allowed)}, got {value!r}")
+
+
 def check_granularity(op: str, granularity: str) -> None:
     """Checks the name of a global-scale granularity."""
-    torch._check(
-        granularity in nvfp4.GRANULARITIES,
-        lambda: f"{op}: granularity must be one of {', '.join(nvfp4.GRANULARITIES)}, got {granularity!r}",
-    )
+    check_choice(op, "granularity", granularity, nvfp4.GRANULARITIES)
 
 
 def check_quantizable(op: str, argument: str, tensor: Tensor) -> None:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._inductor.pattern_matcher import (
     MULTIPLE,
+    CallFunction,
     GraphPatternEntry,
+    Ignored,
     Match,
+    MultiOutputPattern,
     PatternExpr,
     PatternMatcherPass,
     fwd_only,
     fx_to_pattern,
-    gen_pattern_and_search_gm,
 )
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -67,19 +70,24 @@ def outputs(node: fx.Node) -> list[fx.Node | None]:
 class Fusion:
     """A pattern and its replacement, both traced from plain functions.
 
+    Every number in a pattern must be the same in the graph, but for the sizes of views and the captured scalars; dtypes
+    and devices are left to ``applies``.
+
     Attributes:
         name: of the pass, for logs and reports.
-        patterns: functions of tensors; each traced form is one way to write the same thing.
-        example_inputs: tensors to trace them with; sizes, dtypes and devices do not bind the match.
-        replacement: function of tensors, traced with the fake values of the arguments that ``applies`` returns.
-        applies: proves that a match is exact. Returns the arguments of ``replacement``, or None to leave it alone.
-        shared: names of arguments through which a match may share intermediate results with other readers.
+        patterns: functions of tensors and of the captured scalars; each traced form is one way to write the same.
+        example_inputs: sets of tensors to trace them with; sizes, dtypes and devices do not bind the match.
+        applies: proves that a match is exact. Returns the replacement, a function that is traced with the fake values
+            of its arguments, and the arguments; or None to leave the match alone.
+        scalars: names of the scalars to capture, each with an example value that occurs nowhere else in the pattern.
+        shared: intermediate results of a match may have other readers.
     """
 
     name: str
     patterns: Sequence[Callable[..., Any]]
     example_inputs: Callable[[], Sequence[Sequence[Tensor]]]
     applies: Callable[[Match], tuple[Callable[..., Any], list[Any]] | None]
+    scalars: Mapping[str, float] = field(default_factory=dict)
     shared: bool = False
 
     def build(self) -> Callable[[fx.Graph], int]:
@@ -88,36 +96,57 @@ class Fusion:
         seen: set[str] = set()
         for pattern_function in self.patterns:
             for inputs in self.example_inputs():
-                pattern = _trace(pattern_function, inputs)
-                if self.shared:
-                    _allow_other_readers(pattern)
+                pattern = _trace_pattern(pattern_function, inputs, self.scalars)
+                for part in _parts(pattern):
+                    part.users = MULTIPLE if self.shared and part is not pattern else part.users
                 if repr(pattern) not in seen:
                     seen.add(repr(pattern))
                     entry = GraphPatternEntry(pattern=pattern, extra_check=self._is_exact, handler=self._rewrite)
                     entry.register(matcher)
-        return matcher.apply  # type: ignore[return-value]
+        return matcher.apply
 
     def _is_exact(self, match: Match) -> bool:
         # The matcher passes over keyword arguments that the pattern does not have, such as addmm's alpha and beta.
-        return not any(node.kwargs for node in match.nodes) and self.applies(match) is not None
+        calls = match.ctx.pattern_to_node.items()
+        known = all(not set(node.kwargs) - set(part.kwargs) for part, node in calls if isinstance(part, CallFunction))
+        return known and self.applies(match) is not None
 
     def _rewrite(self, match: Match, *args: Any, **kwargs: Any) -> None:
         prepared = self.applies(match)
-        assert prepared is not None
+        assert prepared is not None  # extra_check asked before
         replacement, arguments = prepared
         match.replace_by_example(replacement, arguments)
 
 
-def _trace(function: Callable[..., Any], inputs: Sequence[Tensor]) -> PatternExpr:
-    """The pattern of a traced function: dtypes and devices match anything, other constants (dims) only themselves."""
-    traced = gen_pattern_and_search_gm(function, inputs, fwd_only)[1]
-    names = [*inspect.signature(function).parameters]
-    return fx_to_pattern(traced, ignore_types=(torch.device, torch.dtype), argnames=names)
+# Operators whose second argument is a shape.
+_SHAPED = (*VIEWS, aten.expand.default)
 
 
-def _allow_other_readers(pattern: PatternExpr) -> None:
-    """Lets every intermediate of a pattern have readers outside it; they keep it alive."""
-    for argument in getattr(pattern, "flat_args_kwargs", ((),))[0]:
-        if isinstance(argument, PatternExpr) and hasattr(argument, "users"):
-            argument.users = MULTIPLE
-            _allow_other_readers(argument)
+def _trace_pattern(function: Callable[..., Any], inputs: Sequence[Tensor], scalars: Mapping[str, float]) -> PatternExpr:
+    names = list(inspect.signature(function).parameters)
+    captured = {name: example for name, example in scalars.items() if name in names}
+    graph = fwd_only(functools.partial(function, **captured), list(inputs))
+    pattern = fx_to_pattern(
+        graph,
+        ignore_types=(torch.dtype, torch.device),
+        argnames=[name for name in names if name not in captured],
+        scalar_workaround=captured,
+    )
+    for part in _parts(pattern):
+        if set(part.fns) & set(_SHAPED):
+            part.args = (part.args[0], Ignored())
+            part.flatten = part.simple_flatten
+            part.flat_args_kwargs = part.flatten(part.args, part.kwargs)
+    return pattern
+
+
+def _parts(pattern: Any) -> list[Any]:
+    """Every operator call in a pattern, each once."""
+    found: list[Any] = []
+    waiting = list(pattern.outputs) if isinstance(pattern, MultiOutputPattern) else [pattern]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, CallFunction) and not any(part is other for other in found):
+            found.append(part)
+            waiting.extend(part.flat_args_kwargs[0])
+    return found

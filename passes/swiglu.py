@@ -92,11 +92,11 @@ def without_clamps(node: fx.Node) -> tuple[fx.Node, float, float]:
     """Walks back over clamps and the casts around them.
 
     Returns:
-        The node before them and the bounds low and high that they amount to. The casts walked over lose nothing: none
-        is narrower than the node returned.
+        The node before them and the bounds low and high that they amount to. The casts walked over lose nothing: each
+        dtype on the way holds every value of the node returned.
     """
     found, low, high = node, -math.inf, math.inf
-    narrowest = torch.finfo(value(node).dtype).eps
+    passed = {value(node).dtype}
     bounds = (low, high)
     while True:
         step = _clamp_step(node)
@@ -104,10 +104,10 @@ def without_clamps(node: fx.Node) -> tuple[fx.Node, float, float]:
             return found, low, high
         node, step_low, step_high = step
         bounds = (max(bounds[0], step_low), min(bounds[1], step_high))
-        eps = torch.finfo(value(node).dtype).eps
-        if eps >= narrowest:
+        dtype = value(node).dtype
+        if all(torch.promote_types(dtype, other) == other for other in passed):
             found, (low, high) = node, bounds
-        narrowest = max(narrowest, eps)
+        passed.add(dtype)
 
 
 def _clamp_step(node: fx.Node) -> tuple[fx.Node, float, float] | None:

@@ -97,7 +97,7 @@ def quantize(x: Float64, granularity: str) -> Packed:
 
 def unpack(codes: Bytes) -> Bytes:
     """Codes 0..15 [..., K] of bytes [..., K/2], the low nibble first."""
-    return np.stack((codes % 16, codes // 16), axis=-1).reshape(*codes.shape[:-1], -1)
+    return np.stack((codes % 16, codes // 16), axis=-1).reshape(*codes.shape[:-1], 2 * codes.shape[-1])
 
 
 def scaled(codes: Bytes, block_scales: Bytes) -> Float64:
@@ -119,7 +119,7 @@ def spread(global_scale: Float64, shape: tuple[int, ...]) -> Float64:
         return np.full(shape, global_scale)
     if np.ndim(global_scale) < len(shape):
         return np.broadcast_to(global_scale[..., None], shape)
-    return np.repeat(global_scale, shape[-1] // global_scale.shape[-1], axis=-1)
+    return np.repeat(global_scale, shape[-1] // max(1, global_scale.shape[-1]), axis=-1)
 
 
 def mm(a: Packed, b: list[Packed], bias: Float64 | None = None) -> Float64:

@@ -1,0 +1,543 @@
+"""The SwiGLU pass: every way to write it and its clamps is found; whatever means something else keeps its meaning."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from torch import Tensor, nn
+
+from dsv4_compile import nvfp4
+from dsv4_compile.testing import Rewritten, capture
+
+M, N, K = 8, 32, 64
+L = 2.0  # low, so that each clamp changes the answer by much
+
+
+class Model(nn.Module):
+    """A function of itself and its inputs, with parameters by name."""
+
+    def __init__(self, function: Callable[..., Any], **parameters: Tensor) -> None:
+        super().__init__()
+        self.function = function
+        for name, value in parameters.items():
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(self, *inputs)
+
+
+def product(x: Tensor, weight: Tensor, dtype: torch.dtype = torch.bfloat16, granularity: str = "tensor") -> Tensor:
+    """``x @ weight.T`` on NVFP4 operands: the exact sum, scaled in fp32, rounded once."""
+    a_codes, a_scales, gsa = nvfp4.quantize(x, granularity)
+    b_codes, b_scales, gsb = nvfp4.quantize_weight(weight)
+    a, b = (nvfp4.scaled_codes(*packed, torch.float64) for packed in ((a_codes, a_scales), (b_codes, b_scales)))
+    return ((a @ b.mT).to(torch.float32) * ((gsa.unsqueeze(-1) if gsa.dim() else gsa) * gsb)).to(dtype)
+
+
+def sqnr_db(actual: Tensor, expected: Tensor) -> float:
+    noise = (actual.double() - expected.double()).square().sum()
+    return math.inf if noise == 0 else float(10 * torch.log10(expected.double().square().sum() / noise))
+
+
+def gate_and_up(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    """Activations that reach past the limit on every side."""
+    gate, up = (3 * torch.randn(M, K, dtype=dtype) for _ in range(2))
+    assert gate.min() < -L < L < gate.max()
+    assert up.min() < -L < L < up.max()
+    return gate, up
+
+
+def down(form: Callable[[Tensor, Tensor], Tensor]) -> tuple[Model, Tensor]:
+    """A model ``F.linear(form(gate, up), weight)`` and its weight."""
+    weight = torch.randn(N, K, dtype=torch.bfloat16)
+    return Model(lambda self, gate, up: F.linear(form(gate, up), self.weight), weight=weight), weight
+
+
+def capture_one(model: Callable[..., Any], *inputs: Tensor, **kwargs: Any) -> tuple[Any, Rewritten]:
+    result, (graph,) = capture(model, *inputs, **kwargs)
+    return result, graph
+
+
+# Clamped, each clamp written in another way.
+
+CLAMPED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "clamp": lambda g, u: F.silu(g.clamp(max=L)) * u.clamp(-L, L),
+    "torch.clamp": lambda g, u: F.silu(torch.clamp(g, None, L)) * torch.clamp(u, min=-L, max=L),
+    "integer bounds": lambda g, u: F.silu(g.clamp(max=2)) * u.clamp(-2, 2),
+    "clamp_max, clamp_min": lambda g, u: F.silu(g.clamp_max(L)) * u.clamp_max(L).clamp_min(-L),
+    "clamp twice": lambda g, u: F.silu(g.clamp(max=2 * L).clamp(max=L)) * u.clamp(min=-L).clamp(max=L),
+    "minimum of tensors": lambda g, u: (
+        F.silu(torch.minimum(g, torch.tensor(L))) * torch.maximum(torch.minimum(u, torch.tensor(L)), torch.tensor(-L))
+    ),
+    "minimum of full": lambda g, u: F.silu(torch.minimum(g, torch.full((), L))) * u.clamp(-L, L),
+    "minimum of full_like": lambda g, u: F.silu(torch.minimum(g, torch.full_like(g, L))) * u.clamp(-L, L),
+    "minimum of new_tensor": lambda g, u: F.silu(torch.minimum(g, g.new_tensor(L))) * u.clamp(-L, L),
+    "up first": lambda g, u: (lambda activated: u.clamp(-L, L) * activated)(F.silu(g.clamp(max=L))),
+    "fp32 and back": lambda g, u: (F.silu(g.float().clamp(max=L)) * u.float().clamp(-L, L)).to(g.dtype),
+    "clamped, then fp32": lambda g, u: (F.silu(g.clamp(max=L).float()) * u.clamp(-L, L).float()).to(g.dtype),
+}
+
+
+@pytest.mark.parametrize("form", CLAMPED)
+def test_clamped(form: str) -> None:
+    """Guards against a clamp that is lost, or that keeps the fusion from firing."""
+    gate, up = gate_and_up()
+    model, weight = down(CLAMPED[form])
+    result, graph = capture_one(model, gate, up)
+    assert_expected_inline(
+        graph.after,
+        """\
+w0: nvfp4[32, 64]
+x0: bf16[8, 64]
+x1: bf16[8, 64]
+%0: (u8[8, 32], f8e4m3[8, 4], f32[]) = dsv4.swiglu_quantize_nvfp4(x0, x1, 2.0, 'tensor')
+%1: bf16[8, 32] = dsv4.nvfp4_mm(*%0, *[w0], None, bf16)
+return %1""",
+    )
+    assert graph.counts == {"linear": 1, "swiglu": 1}
+    assert torch.equal(result, product(nvfp4.swiglu(gate, up, L), weight))
+
+
+UNCLAMPED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": lambda g, u: F.silu(g) * u,
+    "up first": lambda g, u: u * F.silu(g),
+    "in-place silu": lambda g, u: F.silu(g + 0, inplace=True) * u,
+    "x * sigmoid(x)": lambda g, u: g * torch.sigmoid(g) * u,
+    "sigmoid(x) * x": lambda g, u: torch.sigmoid(g) * g * u,
+    "up first, x * sigmoid(x)": lambda g, u: u * (g * g.sigmoid()),
+    "up first, sigmoid(x) * x": lambda g, u: u * (F.sigmoid(g) * g),
+    "fp32 and back": lambda g, u: (F.silu(g.float()) * u.float()).to(g.dtype),
+    "fp32 gate": lambda g, u: (F.silu(g.float()) * u).to(g.dtype),
+    "fp32 silu": lambda g, u: F.silu(g.float()).to(g.dtype) * u,
+    "fp32 x * sigmoid(x)": lambda g, u: (lambda g32: (g32 * g32.sigmoid() * u).to(g.dtype))(g.float()),
+}
+
+
+@pytest.mark.parametrize("form", UNCLAMPED)
+def test_without_clamp(form: str) -> None:
+    """Guards against a limit that was never asked for."""
+    gate, up = gate_and_up()
+    model, weight = down(UNCLAMPED[form])
+    result, graph = capture_one(model, gate, up)
+    assert graph.after.count("dsv4.swiglu_quantize_nvfp4(") == graph.after.count(", inf, 'tensor')") == 1
+    assert "aten.mul" not in graph.after
+    assert graph.counts == {"linear": 1, "swiglu": 1}
+    assert torch.equal(result, product(nvfp4.swiglu(gate, up, math.inf), weight))
+
+
+@pytest.mark.parametrize("granularity", nvfp4.GRANULARITIES)
+def test_granularity(granularity: str) -> None:
+    """Guards against the fused operator taking another granularity than the quantisation it replaces."""
+    gate, up = gate_and_up()
+    gate[0] /= 1024
+    model, weight = down(CLAMPED["clamp"])
+    result, graph = capture_one(model, gate, up, options={"gsa": granularity})
+    assert f"dsv4.swiglu_quantize_nvfp4(x0, x1, 2.0, '{granularity}')" in graph.after
+    assert torch.equal(result, product(nvfp4.swiglu(gate, up, L), weight, granularity=granularity))
+
+
+def test_fp32_model() -> None:
+    """Guards against patterns traced in bf16 only, whose casts an fp32 model does not have."""
+    gate, up = gate_and_up(torch.float32)
+    weight = torch.randn(N, K)
+    model = Model(lambda self, g, u: F.linear(CLAMPED["clamp"](g, u), self.weight), weight=weight)
+    result, graph = capture_one(model, gate, up, options={"include": ["weight"]})
+    assert_expected_inline(
+        graph.after,
+        """\
+w0: nvfp4[32, 64]
+x0: f32[8, 64]
+x1: f32[8, 64]
+%0: (u8[8, 32], f8e4m3[8, 4], f32[]) = dsv4.swiglu_quantize_nvfp4(x0, x1, 2.0, 'tensor')
+%1: f32[8, 32] = dsv4.nvfp4_mm(*%0, *[w0], None, f32)
+return %1""",
+    )
+    assert torch.equal(result, product(nvfp4.swiglu(gate, up, L), weight, torch.float32))
+
+
+def test_computed_in_fp32_and_quantised_in_fp32() -> None:
+    """Guards against requiring the cast back to the model's dtype: here the next linear is fp32 itself."""
+    gate, up = gate_and_up()
+    weight = torch.randn(N, K)
+    model = Model(lambda self, g, u: F.linear(F.silu(g.float()) * u.float(), self.weight), weight=weight)
+    result, graph = capture_one(model, gate, up, options={"include": ["weight"]})
+    assert graph.counts == {"linear": 1, "swiglu": 1}
+    assert torch.equal(result, product(nvfp4.swiglu(gate, up, math.inf), weight, torch.float32))
+
+
+def test_autocast() -> None:
+    """Guards against autocast's casts, of an fp32 SwiGLU to the bf16 of the product that reads it."""
+
+    def forward(self: Any, gate: Tensor, up: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.linear(CLAMPED["clamp"](gate, up), self.weight)
+
+    gate, up = gate_and_up(torch.float32)
+    weight = torch.randn(N, K)
+    result, graph = capture_one(Model(forward, weight=weight), gate, up, options={"include": ["weight"]})
+    assert graph.counts == {"linear": 1, "swiglu": 1}
+    assert torch.equal(result, product(nvfp4.swiglu(gate, up, L), weight))
+
+
+# Where gate and up come from.
+
+
+def mlp(gate_and_up_of: Callable[[Any, Tensor], tuple[Tensor, Tensor]], **parameters: Tensor) -> Model:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        gate, up = gate_and_up_of(self, x)
+        return F.linear(CLAMPED["clamp"](gate, up), self.w2)
+
+    return Model(forward, w2=torch.randn(N, K, dtype=torch.bfloat16), **parameters)
+
+
+def test_gate_and_up_apart() -> None:
+    """Guards against gate and up, each a linear of its own, not becoming one product read in place."""
+    w1, w3 = (torch.randn(K, K, dtype=torch.bfloat16) for _ in range(2))
+    model = mlp(lambda self, x: (F.linear(x, self.w1), F.linear(x, self.w3)), w1=w1, w3=w3)
+    x = torch.randn(2, 4, K, dtype=torch.bfloat16)
+    result, graph = capture_one(model, x)
+    assert_expected_inline(
+        graph.after,
+        """\
+w0: nvfp4[64, 64]
+w1: nvfp4[64, 64]
+w2: nvfp4[32, 64]
+x0: bf16[2, 4, 64]
+%0: (u8[2, 4, 32], f8e4m3[2, 4, 4], f32[]) = dsv4.quantize_nvfp4(x0, 'tensor')
+%1: bf16[2, 4, 128] = dsv4.nvfp4_mm(*%0, *[w0, w1], None, bf16)
+%2: bf16[2, 4, 64] = aten.slice(%1, 2, 0, 64)
+%3: bf16[2, 4, 64] = aten.slice(%1, 2, 64, 128)
+%4: (u8[2, 4, 32], f8e4m3[2, 4, 4], f32[]) = dsv4.swiglu_quantize_nvfp4(%2, %3, 2.0, 'tensor')
+%5: bf16[2, 4, 32] = dsv4.nvfp4_mm(*%4, *[w2], None, bf16)
+return %5""",
+    )
+    assert torch.equal(result, product(nvfp4.swiglu(product(x, w1), product(x, w3), L), model.w2))
+
+
+MERGED: dict[str, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
+    "chunk": lambda self, x: F.linear(x, self.w13).chunk(2, dim=-1),
+    "split": lambda self, x: torch.split(F.linear(x, self.w13), K, dim=-1),
+    "slices": lambda self, x: (lambda h: (h[..., :K], h[..., K:]))(F.linear(x, self.w13)),
+    "unflatten and unbind": lambda self, x: F.linear(x, self.w13).unflatten(-1, (2, K)).unbind(-2),
+}
+
+
+@pytest.mark.parametrize("form", MERGED)
+def test_merged_gate_and_up(form: str) -> None:
+    """Guards against the two halves of one projection, however they are cut, being copied or mixed up."""
+    w13 = torch.randn(2 * K, K, dtype=torch.bfloat16)
+    model = mlp(MERGED[form], w13=w13)
+    x = torch.randn(2, 4, K, dtype=torch.bfloat16)
+    result, graph = capture_one(model, x)
+    assert (graph.counts["linear"], graph.counts["swiglu"]) == (2, 1)
+    assert ", 2.0, 'tensor')" in graph.after
+    gate, up = product(x, w13).chunk(2, dim=-1)
+    assert torch.equal(result, product(nvfp4.swiglu(gate, up, L), model.w2))
+
+
+def test_merged_and_chunked() -> None:
+    """Guards against copies between a merged projection and the operator that reads its halves."""
+    model = mlp(MERGED["chunk"], w13=torch.randn(2 * K, K, dtype=torch.bfloat16))
+    _, graph = capture_one(model, torch.randn(M, K, dtype=torch.bfloat16))
+    assert_expected_inline(
+        graph.after,
+        """\
+w0: nvfp4[128, 64]
+w1: nvfp4[32, 64]
+x0: bf16[8, 64]
+%0: (u8[8, 32], f8e4m3[8, 4], f32[]) = dsv4.quantize_nvfp4(x0, 'tensor')
+%1: bf16[8, 128] = dsv4.nvfp4_mm(*%0, *[w0], None, bf16)
+%2: (bf16[8, 64], bf16[8, 64]) = aten.split(%1, 64, -1)
+%3: (u8[8, 32], f8e4m3[8, 4], f32[]) = dsv4.swiglu_quantize_nvfp4(%2[0], %2[1], 2.0, 'tensor')
+%4: bf16[8, 32] = dsv4.nvfp4_mm(*%3, *[w1], None, bf16)
+return %4""",
+    )
+
+
+def test_dynamic_shapes() -> None:
+    """Guards against a symbolic batch and length that are not seen to be the same for gate and up."""
+    w1, w3 = (torch.randn(K, K, dtype=torch.bfloat16) for _ in range(2))
+    model = mlp(lambda self, x: (F.linear(x, self.w1), F.linear(x, self.w3)), w1=w1, w3=w3)
+    x = torch.randn(2, 4, K, dtype=torch.bfloat16)
+    result, graph = capture_one(model, x, dynamic=True)
+    assert_expected_inline(
+        "\n".join(graph.after.splitlines()[3:]),
+        """\
+x0: bf16[s0, s1, 64]
+%0: (u8[s0, s1, 32], f8e4m3[s0, s1, 4], f32[]) = dsv4.quantize_nvfp4(x0, 'tensor')
+%1: bf16[s0, s1, 128] = dsv4.nvfp4_mm(*%0, *[w0, w1], None, bf16)
+%2: bf16[s0, s1, 64] = aten.slice(%1, 2, 0, 64)
+%3: bf16[s0, s1, 64] = aten.slice(%1, 2, 64, 128)
+%4: (u8[s0, s1, 32], f8e4m3[s0, s1, 4], f32[]) = dsv4.swiglu_quantize_nvfp4(%2, %3, 2.0, 'tensor')
+%5: bf16[s0, s1, 32] = dsv4.nvfp4_mm(*%4, *[w2], None, bf16)
+return %5""",
+    )
+    assert torch.equal(result, product(nvfp4.swiglu(product(x, w1), product(x, w3), L), model.w2))
+
+
+def test_two_linears_read_the_product() -> None:
+    """Guards against counting two products that read one quantisation as a second reader of what is quantised."""
+    weights = [torch.randn(N, K, dtype=torch.bfloat16) for _ in range(2)]
+
+    def forward(self: Any, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = F.silu(gate) * up
+        return F.linear(hidden, self.w0), F.linear(hidden, self.w1)
+
+    gate, up = gate_and_up()
+    result, graph = capture_one(Model(forward, w0=weights[0], w1=weights[1]), gate, up)
+    assert graph.counts == {"linear": 2, "share_quantization": 1, "swiglu": 1, "merge_gemms": 1}
+    for half, weight in zip(result, weights, strict=True):
+        assert torch.equal(half, product(nvfp4.swiglu(gate, up, math.inf), weight))
+
+
+# Clamps that are not DeepSeek's stay in the graph; the operator gets no limit.
+
+OTHER_CLAMPS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "up not clamped": (lambda g: g.clamp(max=L), lambda u: u),
+    "gate not clamped": (lambda g: g, lambda u: u.clamp(-L, L)),
+    "up from above only": (lambda g: g.clamp(max=L), lambda u: u.clamp(max=L)),
+    "up from below only": (lambda g: g.clamp(max=L), lambda u: u.clamp(min=-L)),
+    "up asymmetric": (lambda g: g.clamp(max=L), lambda u: u.clamp(-L / 2, L)),
+    "gate from below too": (lambda g: g.clamp(-L, L), lambda u: u.clamp(-L, L)),
+    "gate from below only": (lambda g: g.clamp(min=-L), lambda u: u.clamp(-L, L)),
+    "different limits": (lambda g: g.clamp(max=L / 2), lambda u: u.clamp(-L, L)),
+    "negative limit": (lambda g: g.clamp(max=-L), lambda u: u.clamp(-L, L)),
+    "bounds that cross": (lambda g: g.clamp(max=L), lambda u: u.clamp(L, -L)),
+    "sides swapped": (lambda g: g.clamp(-L, L), lambda u: u.clamp(max=L)),
+    "clamped after a sign change": (lambda g: (-g).clamp(max=L), lambda u: -u.clamp(-L, L)),
+    "limit rounded on the way": (lambda g: g.clamp(max=L).float() + 1, lambda u: u.clamp(-L, L).float()),
+    "limits a tensor each row": (
+        lambda g: torch.minimum(g, torch.linspace(0.5, 4, M).bfloat16().unsqueeze(-1)),
+        lambda u: u.clamp(-L, L),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_CLAMPS)
+def test_other_clamps_stay_in_the_graph(case: str) -> None:
+    """Guards against folding into one symmetric limit what is not one."""
+    clamp_gate, clamp_up = OTHER_CLAMPS[case]
+    gate, up = gate_and_up()
+    model, weight = down(lambda g, u: (F.silu(clamp_gate(g)) * clamp_up(u)).to(torch.bfloat16))
+    result, graph = capture_one(model, gate, up)
+    assert graph.counts["swiglu"] == 1
+    assert ", inf, 'tensor')" in graph.after
+    assert torch.equal(result, product(nvfp4.swiglu(clamp_gate(gate), clamp_up(up), math.inf), weight))
+    assert sqnr_db(result, product(nvfp4.swiglu(gate, up, L), weight)) < 25
+
+
+def test_clamp_on_one_side_only() -> None:
+    """Guards against dropping the clamp of one operand because the other has none."""
+    model, _ = down(lambda g, u: (F.silu(g.float().clamp(max=L)) * u.float()).to(g.dtype))
+    _, graph = capture_one(model, *gate_and_up())
+    assert_expected_inline(
+        graph.after,
+        """\
+w0: nvfp4[32, 64]
+x0: bf16[8, 64]
+x1: bf16[8, 64]
+%0: f32[8, 64] = prims.convert_element_type(x0, f32)
+%1: f32[8, 64] = aten.clamp_max(%0, 2.0)
+%2: f32[8, 64] = prims.convert_element_type(x1, f32)
+%3: (u8[8, 32], f8e4m3[8, 4], f32[]) = dsv4.swiglu_quantize_nvfp4(%1, %2, inf, 'tensor')
+%4: bf16[8, 32] = dsv4.nvfp4_mm(*%3, *[w0], None, bf16)
+return %4""",
+    )
+
+
+def test_limit_in_a_buffer() -> None:
+    """Guards against baking a limit that the user may change between calls."""
+    gate, up = gate_and_up()
+    model, weight = down(lambda g, u: F.silu(torch.minimum(g, limit)) * u.clamp(-L, L))
+    model.register_buffer("limit", torch.tensor(L))
+    limit = model.limit
+    result, graph = capture_one(model, gate, up)
+    assert ", inf, 'tensor')" in graph.after
+    assert "aten.minimum" in graph.after
+    assert torch.equal(result, product(nvfp4.swiglu(gate, up, L), weight))
+
+
+NARROWED: dict[str, Callable[[Tensor], Tensor]] = {
+    "through bf16": lambda x: x.bfloat16().float(),
+    "through fp16": lambda x: x.half().float(),
+    "clamped, then through bf16": lambda x: x.clamp(-2.3, 2.3).bfloat16().float(),
+}
+
+
+@pytest.mark.parametrize("case", NARROWED)
+def test_casts_that_round_are_kept(case: str) -> None:
+    """Guards against walking over a cast that loses bits or range on the way to the unclamped operand."""
+    narrow = NARROWED[case]
+    gate, up = gate_and_up(torch.float32)
+    model, weight = down(lambda g, u: (F.silu(narrow(g).clamp(max=L)) * narrow(u).clamp(-L, L)).bfloat16())
+    result, graph = capture_one(model, gate, up)
+    assert graph.counts["swiglu"] == 1
+    expected = product(nvfp4.swiglu(narrow(gate), narrow(up), L), weight)
+    assert torch.equal(result, expected)
+
+
+def test_cast_that_loses_range_is_kept() -> None:
+    """Guards against taking bf16 for narrower than fp16, which cannot hold 1e5."""
+    model, _ = down(lambda g, u: (F.silu(g.half().float().clamp(max=L)) * u.half().float().clamp(-L, L)).bfloat16())
+    _, graph = capture_one(model, *gate_and_up())
+    assert_expected_inline(
+        graph.after,
+        """\
+w0: nvfp4[32, 64]
+x0: bf16[8, 64]
+x1: bf16[8, 64]
+%0: f16[8, 64] = prims.convert_element_type(x0, f16)
+%1: f16[8, 64] = prims.convert_element_type(x1, f16)
+%2: (u8[8, 32], f8e4m3[8, 4], f32[]) = dsv4.swiglu_quantize_nvfp4(%0, %1, 2.0, 'tensor')
+%3: bf16[8, 32] = dsv4.nvfp4_mm(*%2, *[w0], None, bf16)
+return %3""",
+    )
+
+
+def test_one_operand_rounded_more_than_the_other() -> None:
+    """Guards against gate and up of different dtypes reaching the operator, which takes one."""
+    gate, up = gate_and_up(torch.float32)
+    model, weight = down(lambda g, u: (F.silu(g.bfloat16().float().clamp(max=L)) * u.clamp(-L, L)).bfloat16())
+    result, graph = capture_one(model, gate, up)
+    assert graph.counts["swiglu"] == 1
+    assert torch.equal(result, product(nvfp4.swiglu(gate.bfloat16().float(), up, L), weight))
+
+
+# What must not be rewritten.
+
+
+def test_second_reader_of_the_product() -> None:
+    """Guards against computing the product twice, or giving its second reader another rounding."""
+    weight = torch.randn(N, K)
+
+    def forward(self: Any, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = F.silu(gate) * up
+        return F.linear(hidden, self.weight), hidden
+
+    gate, up = gate_and_up(torch.float32)
+    result, graph = capture_one(Model(forward, weight=weight), gate, up, options={"include": ["weight"]})
+    assert_expected_inline(
+        graph.after,
+        """\
+w0: nvfp4[32, 64]
+x0: f32[8, 64]
+x1: f32[8, 64]
+%0: f32[8, 64] = aten.neg(x0)
+%1: f32[8, 64] = aten.exp(%0)
+%2: f32[8, 64] = aten.add(%1, 1)
+%3: f32[8, 64] = aten.div(x0, %2)
+%4: f32[8, 64] = aten.mul(%3, x1)
+%5: (u8[8, 32], f8e4m3[8, 4], f32[]) = dsv4.quantize_nvfp4(%4, 'tensor')
+%6: f32[8, 32] = dsv4.nvfp4_mm(*%5, *[w0], None, f32)
+return %6, %4""",
+    )
+    assert graph.counts == {"linear": 1}
+    torch.testing.assert_close(result[1], F.silu(gate) * up)
+    assert torch.equal(result[0], product(result[1], weight, torch.float32))
+
+
+def test_second_reader_of_the_activation() -> None:
+    """Guards against losing silu(gate) when it is read by something else as well."""
+    weight = torch.randn(N, K, dtype=torch.bfloat16)
+
+    def forward(self: Any, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        activated = F.silu(gate)
+        return F.linear(activated * up, self.weight), activated
+
+    gate, up = gate_and_up()
+    result, graph = capture_one(Model(forward, weight=weight), gate, up)
+    assert "swiglu" not in graph.counts
+    torch.testing.assert_close(result[1], F.silu(gate))
+    assert sqnr_db(result[0], product(F.silu(gate) * up, weight)) > 30
+
+
+def test_product_that_is_not_quantised() -> None:
+    """Guards against a fusion of SwiGLU alone, which Inductor does better."""
+    gate, up = gate_and_up(torch.float32)
+    result, graph = capture_one(lambda g, u: F.silu(g) * u, gate, up)
+    assert_expected_inline(
+        graph.after,
+        """\
+x0: f32[8, 64]
+x1: f32[8, 64]
+%0: f32[8, 64] = aten.neg(x0)
+%1: f32[8, 64] = aten.exp(%0)
+%2: f32[8, 64] = aten.add(%1, 1)
+%3: f32[8, 64] = aten.div(x0, %2)
+%4: f32[8, 64] = aten.mul(%3, x1)
+return %4""",
+    )
+    assert graph.counts == {}
+    torch.testing.assert_close(result, F.silu(gate) * up)
+
+
+def test_up_that_broadcasts() -> None:
+    """Guards against a scale a row or a column in the place of up, which has another shape."""
+    gate, up = gate_and_up()
+    for other in (up[:1], up[:, :1], up[0]):
+        model, weight = down(lambda g, u: F.silu(g) * u)
+        result, graph = capture_one(model, gate, other)
+        assert graph.counts == {"linear": 1}
+        assert sqnr_db(result, product(F.silu(gate) * other, weight)) > 30
+
+
+def test_operands_broadcast_by_a_minimum() -> None:
+    """Guards against walking back over a minimum that changed the shape: one row would be quantised, not eight."""
+    gate, up = gate_and_up()
+    limit = torch.full((M, 1), L, dtype=torch.bfloat16)
+    model, weight = down(
+        lambda g, u: F.silu(torch.minimum(g, torch.full((M, 1), L)).bfloat16()) * torch.minimum(u, limit).clamp(-L, L)
+    )
+    result, _ = capture_one(model, gate[:1], up[:1])
+    assert torch.equal(result, product(nvfp4.swiglu(gate[:1], up[:1], L).expand(M, K), weight))
+
+
+# Small edits of the model: each must give its own answer, never that of the model it was edited from.
+
+EDITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gate and up swapped": lambda g, u: F.silu(u.clamp(max=L)) * g.clamp(-L, L),
+    "clamps swapped": lambda g, u: F.silu(g.clamp(-L, L)) * u.clamp(max=L),
+    "clamps after silu": lambda g, u: F.silu(g).clamp(max=L) * u.clamp(-L, L),
+    "clamp of the product": lambda g, u: (F.silu(g) * u).clamp(-L, L),
+    "clamp by minimum of the other": lambda g, u: F.silu(torch.minimum(g, u)) * u.clamp(-L, L),
+    "other limit": lambda g, u: F.silu(g.clamp(max=1.5)) * u.clamp(-1.5, 1.5),
+    "gate for up": lambda g, u: F.silu(g.clamp(max=L)) * g.clamp(-L, L),
+    "up for gate": lambda g, u: F.silu(u.clamp(max=L)) * u.clamp(-L, L),
+    "up plus one": lambda g, u: F.silu(g.clamp(max=L)) * (u.clamp(-L, L) + 1),
+    "up negated": lambda g, u: F.silu(g.clamp(max=L)) * -u.clamp(-L, L),
+    "gate negated": lambda g, u: F.silu(-g.clamp(max=L)) * u.clamp(-L, L),
+    "added, not multiplied": lambda g, u: F.silu(g.clamp(max=L)) + u.clamp(-L, L),
+    "divided, not multiplied": lambda g, u: F.silu(g.clamp(max=L)) / (u.clamp(-L, L).abs() + 1),
+    "silu twice": lambda g, u: F.silu(F.silu(g.clamp(max=L))) * u.clamp(-L, L),
+    "silu of both": lambda g, u: F.silu(g.clamp(max=L)) * F.silu(u.clamp(-L, L)),
+    "silu of the product": lambda g, u: F.silu(g.clamp(max=L) * u.clamp(-L, L)),
+    "sigmoid, not silu": lambda g, u: torch.sigmoid(g.clamp(max=L)) * u.clamp(-L, L),
+    "sigmoid of the other": lambda g, u: g * torch.sigmoid(u) * u,
+    "sigmoid of the negative": lambda g, u: g * torch.sigmoid(-g) * u,
+    "sigmoid of the unclamped": lambda g, u: g.clamp(max=L) * torch.sigmoid(g / 4) * u.clamp(-L, L),
+    "sigmoid with a slope": lambda g, u: g * torch.sigmoid(1.702 * g) * u / 4,
+    "gelu": lambda g, u: F.gelu(g.clamp(max=L)) * u.clamp(-L, L) + 1,
+    "relu": lambda g, u: F.relu(g.clamp(max=L)) * u.clamp(-L, L) - 1,
+    "tanh": lambda g, u: torch.tanh(g.clamp(max=L)) * u.clamp(-L, L),
+    "times a number": lambda g, u: F.silu(g) * 2.0,
+    "scaled afterwards": lambda g, u: F.silu(g.clamp(max=L)) * u.clamp(-L, L) * torch.arange(K).to(g.dtype),
+    "multiplied by up twice": lambda g, u: F.silu(g.clamp(max=L)) * u.clamp(-L, L) * u,
+    "rolled": lambda g, u: F.silu(g.clamp(max=L)) * u.clamp(-L, L).roll(1, -1),
+    "transposed": lambda g, u: (F.silu(g.clamp(max=L)) * u.clamp(-L, L)).reshape(K, M).t().contiguous(),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edited_model_gives_its_own_answer(edit: str) -> None:
+    """Guards against a pattern that accepts a program that means something else."""
+    form = EDITS[edit]
+    gate, up = gate_and_up(torch.float32)  # in fp32 no rounding separates a fused product from the model's own
+    weight = torch.randn(N, K)
+    model = Model(lambda self, g, u: F.linear(form(g, u), self.weight), weight=weight)
+    result, _ = capture_one(model, gate, up, options={"include": ["weight"]})
+    assert sqnr_db(result, product(form(gate, up), weight, torch.float32)) > 40
+    assert sqnr_db(result, product(nvfp4.swiglu(gate, up, L), weight, torch.float32)) < 25
