@@ -198,6 +198,7 @@ def main() -> int:
     parser.add_argument("--markdown", action="store_true", help="print the README's table instead of the rich one")
     args = parser.parse_args()
 
+    where = environment()  # before the run: the tree may change under a long one
     progress = Console(stderr=True)
     model, tokenizer = load_model()
     check_head(model)
@@ -218,7 +219,7 @@ def main() -> int:
         Console().print(table)
 
     found = problems(figures)
-    record = environment() | {"tokens": args.tokens, "text": TEXT.name, "perplexity": figures, "problems": found}
+    record = where | {"tokens": args.tokens, "text": TEXT.name, "perplexity": figures, "problems": found}
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")

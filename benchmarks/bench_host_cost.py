@@ -100,7 +100,9 @@ def main() -> None:
             def call(x: Tensor, model: nn.Module = model) -> Tensor:
                 return model(x)
 
-            forward = types.FunctionType(call.__code__.replace(co_name=name.replace(" ", "_")), globals(), name, (model,))
+            forward = types.FunctionType(
+                call.__code__.replace(co_name=name.replace(" ", "_")), globals(), name, (model,)
+            )
             variants[name] = torch.compile(forward, backend=backend, options=dict(options) if options else None)
             variants[name](x)
         for _ in range(arguments.rounds):

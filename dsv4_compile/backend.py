@@ -16,7 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_
 
 from dsv4_compile import ops, passes
 from dsv4_compile.binding import BoundGraph, bind_weights, runner
-from dsv4_compile.options import Options
+from dsv4_compile.options import REQUIRED_BY_BACKEND, Options
 from dsv4_compile.passes import run_passes
 from dsv4_compile.printing import format_graph
 
@@ -129,8 +129,7 @@ def compile_bound(
         "joint_custom_pre_pass": RewriteGraph(options, observe),
         # Constants cost nothing a call. A scalar one would be written into the code as a literal, and the cached code
         # of one checkpoint would then serve another one with that checkpoint's global scales: keep them as tensors.
-        "freezing": True,
-        "always_keep_tensor_constants": True,
+        **REQUIRED_BY_BACKEND,
     }
     with torch.no_grad():
         compiled: Callable[..., Any] = compile_fx(bound.gm, list(inputs), config_patches=config, **compile_options)

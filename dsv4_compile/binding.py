@@ -318,6 +318,7 @@ _TRANSPOSE_ARGUMENTS = {"permute": ("input", "dims"), "transpose": ("input", "di
 _LINEAR_FUNCTIONS = {torch._C._nn.linear, torch.nn.functional.linear}
 _MATMUL_FUNCTIONS = {torch.matmul, operator.matmul, torch.mm}
 # Matrix products that have no pass: what they read is eligible, and explain lists it as not covered.
+_GROUPED_FUNCTIONS = {"_grouped_mm", "grouped_mm"}
 _OTHER_PRODUCTS = {"linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "grouped_mm", "_grouped_mm"}
 _VIEWS = {"view", "reshape", "transpose", "permute", "getitem", "contiguous", "flatten", "unflatten", "unsqueeze"}
 
@@ -356,6 +357,8 @@ def _readers(gm: fx.GraphModule, node: fx.Node, transposed: bool) -> Iterator[tu
             yield from _readers(gm, user, not transposed)
         elif _contracts(user, node, transposed):
             yield user, True
+        elif _splits_rows(user, node, transposed) or _gathers_experts(user, node):
+            yield from _readers(gm, user, transposed)
         elif _name(user) in _VIEWS and user.users:
             yield from ((reader, False) for reader, _ in _readers(gm, user, transposed))
         else:
@@ -369,23 +372,49 @@ def _swaps_last_two(user: fx.Node, weight: fx.Node) -> bool:
         return True
     if user.target is torch.t:
         return True
-    if _name(user) not in _TRANSPOSE_ARGUMENTS or weight.meta["example_value"].dim() != 2:
+    if _name(user) not in _TRANSPOSE_ARGUMENTS:
         return False
+    rank = weight.meta["example_value"].dim()
     _, *dims = _arguments(user, *_TRANSPOSE_ARGUMENTS[_name(user)])
-    dims = list(dims[0]) if isinstance(dims[0], (tuple, list)) else dims
-    return [dim % 2 for dim in dims] in ([1, 0], [0, 1] if _name(user) == "transpose" else [1, 0])
+    dims = [dim % rank for dim in (dims[0] if isinstance(dims[0], (tuple, list)) else dims)]
+    if _name(user) == "transpose":
+        return sorted(dims) == [rank - 2, rank - 1]
+    return dims == [*range(rank - 2), rank - 1, rank - 2]
+
+
+def _splits_rows(user: fx.Node, weight: fx.Node, transposed: bool) -> bool:
+    """A view of [G * N, K] as [G, N, K], as DeepSeek V4's grouped output projection takes it."""
+    shapes = [tuple(node.meta["example_value"].shape) for node in (weight, user) if "example_value" in node.meta]
+    if _name(user) not in ("view", "reshape", "unflatten") or transposed or len(shapes) != 2:
+        return False
+    return len(shapes[0]) == 2 and len(shapes[1]) == 3 and shapes[0][-1] == shapes[1][-1]
+
+
+def _gathers_experts(user: fx.Node, weight: fx.Node) -> bool:
+    """``weight[ids]`` of stacked experts [E, N, K] with a tensor of ids [S]."""
+    is_index = user.target is operator.getitem and weight.meta["example_value"].dim() == 3
+    ids = user.args[1] if is_index else None
+    return isinstance(ids, fx.Node) and getattr(ids.meta.get("example_value"), "ndim", 0) == 1
 
 
 def _contracts(user: fx.Node, weight: fx.Node, transposed: bool) -> bool:
     example = weight.meta.get("example_value")
-    if example is None or example.dim() != 2:
+    if example is None:
         return False
-    if user.target in _LINEAR_FUNCTIONS:
+    name = _name(user)
+    if user.target in _LINEAR_FUNCTIONS and example.dim() == 2:
         operands, position, wanted = _arguments(user, "input", "weight", "bias"), 1, False
-    elif user.target in _MATMUL_FUNCTIONS or (user.op == "call_method" and user.target in ("matmul", "mm")):
-        operands, position, wanted = _arguments(user, "input", "mat2" if _name(user) == "mm" else "other"), 1, True
+    elif user.target in _MATMUL_FUNCTIONS or (user.op == "call_method" and name in ("matmul", "mm")):
+        operands, position, wanted = _arguments(user, "input", "mat2" if name == "mm" else "other"), 1, True
     elif user.target in (torch.addmm, "addmm"):
         operands, position, wanted = _arguments(user, "input", "mat1", "mat2"), 2, True
+    elif user.target in (torch.bmm, "bmm"):
+        operands = _arguments(user, "input", "mat2")
+        position, wanted = (1, True) if transposed else (0, False)
+        if not transposed and not _gathers_experts(weight, weight.args[0]):  # type: ignore[arg-type]
+            return False  # only gathered experts stand on the left: weight[ids] @ x.unsqueeze(-1)
+    elif name in _GROUPED_FUNCTIONS and example.dim() == 3:
+        operands, position, wanted = _arguments(user, "mat_a", "mat_b", "offs"), 1, True
     else:
         return False
     return transposed == wanted and [i for i, operand in enumerate(operands) if operand is weight] == [position]

@@ -97,7 +97,9 @@ def run_demo(console: Console, gsa: str = "tensor", num_tokens: int = 8) -> None
     options = {"gsa": gsa}
 
     console.rule("1. What becomes NVFP4")
-    console.print("HuggingFace's DeepseekV4ForCausalLM, unchanged: one layer of each kind, seeded random weights, bf16.\n")
+    console.print(
+        "HuggingFace's DeepseekV4ForCausalLM, unchanged: one layer of each kind, seeded random weights, bf16.\n"
+    )
     with console.status("tracing the model"):
         found = explain(model, window, use_cache=False, options=options)
     console.print(found.table(), "", found.activation_table(), "", found.summary(), "")

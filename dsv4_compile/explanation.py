@@ -15,11 +15,15 @@ from torch import Tensor, fx
 from dsv4_compile.backend import compile_bound, prepare
 from dsv4_compile.binding import INVOKE_SUBGRAPH, BoundGraph, Weight, runner
 from dsv4_compile.options import Options
-from dsv4_compile.passes.graph import DEQUANTIZE, MM, QUANTIZE, SWIGLU_QUANTIZE
+from dsv4_compile.passes.graph import DEQUANTIZE, GROUPED_MM, MM, MOE, QUANTIZE, SWIGLU_QUANTIZE, VIEWS
 from dsv4_compile.printing import packed_part
 
-OPERATORS = {MM: "nvfp4_mm", QUANTIZE: "quantize_nvfp4", SWIGLU_QUANTIZE: "swiglu_quantize_nvfp4"}
-QUANTIZERS = (QUANTIZE, SWIGLU_QUANTIZE)
+RMS_NORM_QUANTIZE = torch.ops.dsv4.rms_norm_quantize_nvfp4.default
+RMS_NORM_QUANTIZE_WITH_NORM = torch.ops.dsv4.rms_norm_quantize_nvfp4.with_norm
+# For each quantiser, the index of its codes among its results.
+QUANTIZERS = {QUANTIZE: 0, SWIGLU_QUANTIZE: 0, RMS_NORM_QUANTIZE: 0, RMS_NORM_QUANTIZE_WITH_NORM: 1}
+# For each product, the positions of its activation's codes and of its weights' codes among its arguments.
+PRODUCTS = {MM: (0, (3,)), GROUPED_MM: (0, (3,)), MOE: (0, (5, 8))}
 
 
 @dataclass(frozen=True)
@@ -209,9 +213,9 @@ class _Recorder:
         class Interpreter(fx.Interpreter):
             def run_node(self, node: fx.Node) -> Any:
                 result = super().run_node(node)
-                if node.target in QUANTIZERS and not result[2].is_meta and result[2].numel():
-                    low, high = result[2].aminmax()
-                    scales[node.name] = (float(low),) if result[2].dim() == 0 else (float(low), float(high))
+                if node.target in QUANTIZERS and not result[-1].is_meta and result[-1].numel():
+                    low, high = result[-1].aminmax()
+                    scales[node.name] = (float(low),) if result[-1].dim() == 0 else (float(low), float(high))
                 return result
 
         def run(inputs: list[Any]) -> Any:
@@ -246,22 +250,51 @@ class _GraphReport:
                 subgraph = getattr(graph.owning_module, node.args[0].target).graph
                 inner = zip(subgraph.find_nodes(op="placeholder"), node.args[2:], strict=True)
                 self.read(subgraph, {placeholder: numbers[outer] for placeholder, outer in inner if outer in numbers})
-            elif node.target is MM:
-                for codes in node.args[3]:
+            elif node.target in PRODUCTS:
+                for codes in _weight_codes(node):
                     if codes in numbers:
-                        self.operators.setdefault(numbers[codes], OPERATORS[MM])
+                        self.operators.setdefault(numbers[codes], _operator_name(node))
             elif node.target is DEQUANTIZE and node.args[0] in numbers:
-                self.reasons[numbers[node.args[0]]] = f"dequantised: read by {_first_reader(node)}, which no pass matched"
+                self.reasons[numbers[node.args[0]]] = (
+                    f"dequantised: read by {_first_reader(node)}, which no pass matched"
+                )
             elif node.target in QUANTIZERS:
                 self.quantizers.setdefault(node.name, len(self.activations))
-                self.activations.append(
-                    QuantizedActivation(OPERATORS[node.target], self._readers(node, numbers), _shape(node.args[0]), ())
-                )
+                readers = self._readers(node, numbers)
+                self.activations.append(QuantizedActivation(_operator_name(node), readers, _shape(node.args[0]), ()))
 
     def _readers(self, quantizer: fx.Node, numbers: dict[fx.Node, int]) -> tuple[str, ...]:
-        products = {user for item in quantizer.users for user in item.users if user.target is MM}
-        codes = [codes for product in sorted(products) for codes in product.args[3]]  # type: ignore[union-attr]
-        return tuple(self.bound.weights[numbers[node]].name for node in codes if node in numbers)  # type: ignore[index]
+        codes = {user for user in quantizer.users if user.args[1] == QUANTIZERS[quantizer.target]}
+        waiting, products = list(codes), set()
+        while waiting:  # through views, and through the gathering of rows for experts that no pass made one of
+            node = waiting.pop()
+            for user in node.users:
+                if user.target in PRODUCTS:
+                    products.add(user)
+                elif user.target in (*VIEWS, torch.ops.aten.index.Tensor, torch.ops.aten.permute.default):
+                    waiting.append(user)
+        weights = [codes for product in sorted(products) for codes in _weight_codes(product)]
+        if any(product.target is MOE for product in products):  # its second weight reads what it quantises itself
+            downs = {_root(product.args[8]) for product in products if product.target is MOE}
+            weights = [node for node in weights if node not in downs]
+        return tuple(self.bound.weights[numbers[node]].name for node in weights if node in numbers)
+
+
+def _operator_name(node: fx.Node) -> str:
+    return str(node.target._schema.name).removeprefix("dsv4::")  # type: ignore[union-attr]
+
+
+def _weight_codes(product: fx.Node) -> list[fx.Node]:
+    """The codes of the weights that a product reads, views of them undone."""
+    arguments = [product.args[position] for position in PRODUCTS[product.target][1]]
+    return [_root(node) for argument in arguments for node in (argument if isinstance(argument, list) else [argument])]
+
+
+def _root(node: Any) -> fx.Node:
+    while node.target in VIEWS:
+        node = node.args[0]
+    root: fx.Node = node
+    return root
 
 
 def _first_reader(node: fx.Node) -> str:

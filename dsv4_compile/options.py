@@ -12,6 +12,9 @@ import torch
 from dsv4_compile import nvfp4
 from dsv4_compile.quantization import DEFAULT_EXCLUDE
 
+# Without these the compiled code would hold copies of the weights, or one checkpoint's global scales as literals.
+REQUIRED_BY_BACKEND: Mapping[str, Any] = {"freezing": True, "always_keep_tensor_constants": True}
+
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -52,11 +55,11 @@ class Options:
         names = [option.name for option in fields(Options) if option.name != "inductor"]
         inductor_names = torch._inductor.config.get_config_copy()
         for key, value in (options or {}).items():
-            name = key.replace("-", "_")
+            name = str(key).replace("-", "_")
             if name in names:
                 own[name] = value
             elif name in inductor_names:
-                inductor[name] = value
+                inductor[name] = _checked_inductor_option(name, value)
             else:
                 close = difflib.get_close_matches(name, [*names, *inductor_names], n=3)
                 hint = f"; did you mean {' or '.join(close)}?" if close else ""
@@ -98,3 +101,12 @@ class Options:
         """The Inductor settings that mode and options amount to."""
         mode_options = {} if self.mode == "default" else torch._inductor.list_mode_options(self.mode, dynamic)
         return {**mode_options, **self.inductor}
+
+
+def _checked_inductor_option(name: str, value: Any) -> Any:
+    kind = torch._inductor.config.get_type(name)
+    if isinstance(kind, type) and not isinstance(value, kind):
+        raise TypeError(f"dsv4: option {name} must be a {kind.__name__}, got {value!r}")
+    if name in REQUIRED_BY_BACKEND and value != REQUIRED_BY_BACKEND[name]:
+        raise ValueError(f"dsv4: option {name} must be {REQUIRED_BY_BACKEND[name]!r} for this backend, got {value!r}")
+    return value

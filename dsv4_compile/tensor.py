@@ -129,6 +129,10 @@ class Nvfp4Tensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled() and _is_view(func):
+            # A view of a parameter made outside of inference mode must not be an inference tensor.
+            with torch.inference_mode(False), torch.no_grad():
+                return cls.__torch_dispatch__(func, types, args, kwargs)
         handler = _PACKED_OPS.get(func)
         if handler is not None:
             out = handler(func, *args, **kwargs)
@@ -141,6 +145,10 @@ class Nvfp4Tensor(torch.Tensor):
             )
         args, kwargs = torch.utils._pytree.tree_map_only(Nvfp4Tensor, Nvfp4Tensor.dequantize, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _is_view(func: Any) -> bool:
+    return any(value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns)
 
 
 def _writes_packed(func: Any, args: Any, kwargs: Any) -> bool:

@@ -5,16 +5,25 @@ registered as the operator's CPU kernel. Importing this package registers them a
 """
 
 from dsv4_compile.ops.dequantize_nvfp4 import dequantize_nvfp4
+from dsv4_compile.ops.nvfp4_grouped_mm import nvfp4_grouped_mm
 from dsv4_compile.ops.nvfp4_mm import nvfp4_mm
+from dsv4_compile.ops.nvfp4_moe import nvfp4_moe
 from dsv4_compile.ops.quantize_nvfp4 import quantize_nvfp4
+from dsv4_compile.ops.rms_norm_quantize_nvfp4 import rms_norm_quantize_nvfp4, rms_norm_quantize_nvfp4_with_norm
 from dsv4_compile.ops.swiglu_quantize_nvfp4 import swiglu_quantize_nvfp4
 from dsv4_compile.ops.swizzle_block_scales import swizzle_block_scales, unswizzle_block_scales
+from dsv4_compile.ops.topk_router import topk_router
 
 __all__ = [
     "dequantize_nvfp4",
+    "nvfp4_grouped_mm",
     "nvfp4_mm",
+    "nvfp4_moe",
     "quantize_nvfp4",
+    "rms_norm_quantize_nvfp4",
+    "rms_norm_quantize_nvfp4_with_norm",
     "swiglu_quantize_nvfp4",
     "swizzle_block_scales",
+    "topk_router",
     "unswizzle_block_scales",
 ]

@@ -119,9 +119,7 @@ def reference(
 
     ``weight = (score / (sum + norm_eps)) * route_scale``, each step rounded. NaN counts as the largest score.
     """
-    allocate(
-        logits, selection_bias, hash_table, token_ids, top_k, score_function, normalization, norm_eps, route_scale
-    )
+    allocate(logits, selection_bias, hash_table, token_ids, top_k, score_function, normalization, norm_eps, route_scale)
     score = scores(logits.to(torch.float32), score_function)
     selection = score if selection_bias is None else score + selection_bias.to(torch.float32)
     if hash_table is None or token_ids is None:

@@ -11,7 +11,18 @@ from collections.abc import Callable
 
 from torch import fx
 
-from dsv4_compile.passes import clean_up, linear, merge_gemms, share_quantization, swiglu
+from dsv4_compile.passes import (
+    clean_up,
+    experts,
+    grouped_linear,
+    linear,
+    merge_gemms,
+    moe,
+    rms_norm,
+    share_quantization,
+    swiglu,
+    topk_router,
+)
 
 Pass = tuple[str, Callable[[fx.Graph], int]]
 
@@ -19,14 +30,24 @@ Pass = tuple[str, Callable[[fx.Graph], int]]
 @functools.lru_cache
 def build_passes(granularity: str = "tensor", merge: bool = True) -> tuple[Pass, ...]:
     """The passes in the order they run; tracing their patterns takes about half a second, once a process."""
-    fused_linear = [(fusion.name, fusion.build()) for fusion in linear.build(granularity)]
+    products = [*linear.build(granularity), *grouped_linear.build(granularity), *experts.build(granularity)]
+    fused_products = [(fusion.name, fusion.build()) for fusion in products]
+    fused_moe = [(fusion.name, fusion.build()) for fusion in moe.build(granularity)]
+    fused_norm = [(fusion.name, fusion.build()) for fusion in rms_norm.build(granularity)]
     fused_swiglu = [(fusion.name, fusion.build()) for fusion in swiglu.build(granularity)]
     return (
         # Every product with a packed weight first: the others look for the operators that this leaves.
-        *fused_linear,
+        *fused_products,
         # Before swiglu, whose pattern ends in a quantisation with no view in front of it.
-        (share_quantization.NAME, share_quantization.apply),
+        (share_quantization.NAME, share_quantization.apply_to_products),
         *fused_swiglu,
+        # Whole experts, out of the operators that the passes above made of their parts; then their tokens, too, share
+        # a quantisation with whatever else reads them.
+        *fused_moe,
+        (share_quantization.NAME + "_of_experts", share_quantization.apply),
+        (topk_router.NAME, topk_router.apply),
+        # Once there is one quantisation of each norm.
+        *fused_norm,
         # After swiglu: gate and up become slices of one product, which the operator reads in place.
         *([(merge_gemms.NAME, merge_gemms.apply)] if merge else []),
         (clean_up.NAME, clean_up.apply),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,8 @@ dsv4 = torch.ops.dsv4
 QUANTIZE = dsv4.quantize_nvfp4.default
 SWIGLU_QUANTIZE = dsv4.swiglu_quantize_nvfp4.default
 MM = dsv4.nvfp4_mm.default
+GROUPED_MM = dsv4.nvfp4_grouped_mm.default
+MOE = dsv4.nvfp4_moe.default
 DEQUANTIZE = dsv4.dequantize_nvfp4.default
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 CAST = torch.ops.prims.convert_element_type.default
@@ -93,23 +96,21 @@ class Fusion:
     def build(self) -> Callable[[fx.Graph], int]:
         """Traces the patterns and returns the pass: a function of a graph that returns its number of rewrites."""
         matcher = PatternMatcherPass(pass_name=self.name)
-        seen: set[str] = set()
-        for pattern_function in self.patterns:
-            for inputs in self.example_inputs():
-                pattern = _trace_pattern(pattern_function, inputs, self.scalars)
-                for part in _parts(pattern):
-                    part.users = MULTIPLE if self.shared and part is not pattern else part.users
-                if repr(pattern) not in seen:
-                    seen.add(repr(pattern))
-                    entry = GraphPatternEntry(pattern=pattern, extra_check=self._is_exact, handler=self._rewrite)
-                    entry.register(matcher)
-        return matcher.apply
+        for function in self.patterns:
+            for pattern in trace_patterns(function, self.example_inputs(), self.scalars, self.shared):
+                entry = GraphPatternEntry(pattern=pattern, extra_check=self._is_exact, handler=self._rewrite)
+                entry.register(matcher)
+
+        def apply(graph: fx.Graph) -> int:
+            count: int = matcher.apply(graph)
+            if count:  # what a rewrite leaves behind would read the inputs of the next one
+                graph.eliminate_dead_code()
+            return count
+
+        return apply
 
     def _is_exact(self, match: Match) -> bool:
-        # The matcher passes over keyword arguments that the pattern does not have, such as addmm's alpha and beta.
-        calls = match.ctx.pattern_to_node.items()
-        known = all(not set(node.kwargs) - set(part.kwargs) for part, node in calls if isinstance(part, CallFunction))
-        return known and self.applies(match) is not None
+        return _has_no_other_keywords(match) and self.applies(match) is not None
 
     def _rewrite(self, match: Match, *args: Any, **kwargs: Any) -> None:
         prepared = self.applies(match)
@@ -118,23 +119,67 @@ class Fusion:
         match.replace_by_example(replacement, arguments)
 
 
-# Operators whose second argument is a shape.
-_SHAPED = (*VIEWS, aten.expand.default)
+# Arguments that are sizes, by position: they are those of the example and bind nothing; ``applies`` looks at shapes.
+_SIZE_ARGUMENTS = {
+    **dict.fromkeys(VIEWS, (1,)),
+    aten.expand.default: (1,),
+    aten.split.Tensor: (1,),
+    aten.histc.default: (1, 2, 3),
+    aten.empty.memory_format: (0,),
+    torch.ops.prims.iota.default: (0,),
+}
 
 
-def _trace_pattern(function: Callable[..., Any], inputs: Sequence[Tensor], scalars: Mapping[str, float]) -> PatternExpr:
-    names = list(inspect.signature(function).parameters)
-    captured = {name: example for name, example in scalars.items() if name in names}
-    graph = fwd_only(functools.partial(function, **captured), list(inputs))
+def trace_patterns(
+    function: Callable[..., Any],
+    example_inputs: Sequence[Sequence[Tensor]],
+    scalars: Mapping[str, float] | None = None,
+    shared: bool = False,
+) -> list[PatternExpr]:
+    """The patterns of a function: one for each way in which it traces with the example inputs."""
+    patterns: dict[str, PatternExpr] = {}
+    for inputs in example_inputs:
+        traced = _trace(function, inputs, scalars or {})
+        text = re.sub(r"torch\.(bfloat16|float16|float32)", "dtype", str(traced.graph))
+        if text not in patterns:
+            patterns[text] = pattern = _pattern(traced, function, scalars or {})
+            for part in _parts(pattern):
+                part.users = MULTIPLE if shared and part is not pattern else part.users
+    return list(patterns.values())
+
+
+def match_traced(pattern: PatternExpr, node: fx.Node) -> Match | None:
+    """Matches one pattern against one node."""
+    match = pattern.match(node)
+    return match if isinstance(match, Match) and _has_no_other_keywords(match) else None
+
+
+def _has_no_other_keywords(match: Match) -> bool:
+    # The matcher passes over keyword arguments that the pattern does not have, such as addmm's alpha and beta.
+    calls = match.ctx.pattern_to_node.items()
+    return all(not set(node.kwargs) - set(part.kwargs) for part, node in calls if isinstance(part, CallFunction))
+
+
+def _captured(function: Callable[..., Any], scalars: Mapping[str, float]) -> dict[str, float]:
+    return {name: example for name, example in scalars.items() if name in inspect.signature(function).parameters}
+
+
+def _trace(function: Callable[..., Any], inputs: Sequence[Tensor], scalars: Mapping[str, float]) -> fx.GraphModule:
+    return fwd_only(functools.partial(function, **_captured(function, scalars)), list(inputs))
+
+
+def _pattern(traced: fx.GraphModule, function: Callable[..., Any], scalars: Mapping[str, float]) -> PatternExpr:
+    captured = _captured(function, scalars)
     pattern = fx_to_pattern(
-        graph,
+        traced,
         ignore_types=(torch.dtype, torch.device),
-        argnames=[name for name in names if name not in captured],
+        argnames=[name for name in inspect.signature(function).parameters if name not in captured],
         scalar_workaround=captured,
     )
     for part in _parts(pattern):
-        if set(part.fns) & set(_SHAPED):
-            part.args = (part.args[0], Ignored())
+        sizes = _SIZE_ARGUMENTS.get(part.fns[0], ())
+        if sizes:
+            part.args = tuple(Ignored() if index in sizes else arg for index, arg in enumerate(part.args))
             part.flatten = part.simple_flatten
             part.flat_args_kwargs = part.flatten(part.args, part.kwargs)
     return pattern

@@ -1,18 +1,21 @@
 """Merged GEMMs: products of one quantised activation with several weights become one call.
 
 Matches: ``nvfp4_mm`` nodes with the same activation and output dtype, all with a bias or all without, whose weights
-are inputs of the graph.
+are inputs of the graph. Not one whose result, or a view of it, leaves the graph: the model's own product is
+contiguous, and both eager code behind a graph break and the caller of a repeated region rely on that.
 Rewrites to: one ``nvfp4_mm`` over the list of weights, and a slice of its columns for each. No weight is copied, each
 keeps its own global scale. Exact: a column does not depend on its neighbours.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import fx
+from torch._ops import OpOverload
 
-from dsv4_compile.passes.graph import MM, aten, insert, value
+from dsv4_compile.passes.graph import MM, VIEWS, aten, insert, value
 
 NAME = "merge_gemms"
 
@@ -22,7 +25,8 @@ def apply(graph: fx.Graph) -> int:
     groups: dict[Any, list[fx.Node]] = {}
     for node in graph.find_nodes(op="call_function", target=MM):
         bias, out_dtype = node.args[6:]
-        if _all_inputs([*node.args[3], *node.args[4], *node.args[5], *([bias] if bias is not None else [])]):
+        weights = [*node.args[3], *node.args[4], *node.args[5], *([bias] if bias is not None else [])]
+        if _all_inputs(weights) and not _is_returned(node):
             groups.setdefault((*node.args[:3], bias is None, out_dtype), []).append(node)
     merged = [group for group in groups.values() if len(group) > 1]
     for group in merged:
@@ -32,6 +36,18 @@ def apply(graph: fx.Graph) -> int:
 
 def _all_inputs(nodes: list[Any]) -> bool:
     return all(node.op in ("placeholder", "get_attr") for node in nodes)
+
+
+def _is_returned(node: fx.Node) -> bool:
+    return any(user.op == "output" or (_is_view(user) and _is_returned(user)) for user in node.users)
+
+
+def _is_view(node: fx.Node) -> bool:
+    if node.target in (operator.getitem, *VIEWS):
+        return True
+    return isinstance(node.target, OpOverload) and any(
+        result.alias_info is not None for result in node.target._schema.returns
+    )
 
 
 def _merge(graph: fx.Graph, group: list[fx.Node]) -> None:

@@ -1,7 +1,8 @@
 """Shared quantisation: linears that read one activation read one quantisation of it.
 
-Matches: ``quantize_nvfp4`` of an activation, or of views of it that keep the last dimension, read by ``nvfp4_mm``.
-Rewrites to: one ``quantize_nvfp4`` of the activation in its own shape; the products take and give that shape.
+Matches: ``quantize_nvfp4`` of an activation, or of views of it that keep the last dimension.
+Rewrites to: one ``quantize_nvfp4`` of the activation in its own shape. ``nvfp4_mm`` takes and gives that shape; what
+else reads the parts, such as experts, reads views of them.
 Exact, because neither global scale, block nor row depends on how the leading dimensions are arranged.
 """
 
@@ -18,7 +19,12 @@ from dsv4_compile.passes.graph import MM, QUANTIZE, VIEWS, aten, insert, outputs
 NAME = "share_quantization"
 
 
-def apply(graph: fx.Graph) -> int:
+def apply_to_products(graph: fx.Graph) -> int:
+    """Runs the pass on quantisations that only ``nvfp4_mm`` reads: experts are recognised as the model wrote them."""
+    return apply(graph, only_products=True)
+
+
+def apply(graph: fx.Graph, only_products: bool = False) -> int:
     """Runs the pass; returns the number of quantisations that disappeared or lost a view in front."""
     count = 0
     shared: dict[tuple[fx.Node, str], fx.Node] = {}
@@ -29,14 +35,14 @@ def apply(graph: fx.Graph) -> int:
         if base is x and key not in shared:
             shared[key] = node
             continue
-        products = _products(node)
-        if products is None:
+        if only_products and not _read_by_products_only(node):
             continue
         if key not in shared:
             with graph.inserting_before(node):
                 shared[key] = insert(graph, QUANTIZE, key, like=node)
-        for product in products:
+        for product in _products(node):
             _read_from(graph, product, shared[key], x)
+        _replace_parts(graph, node, shared[key], x)
         count += 1
     graph.eliminate_dead_code()
     return count
@@ -51,13 +57,16 @@ def _without_views(x: fx.Node) -> fx.Node:
     return x
 
 
-def _products(quantize: fx.Node) -> list[fx.Node] | None:
-    """The ``nvfp4_mm`` nodes that read a quantisation, or None when something else reads it too."""
+def _products(quantize: fx.Node) -> list[fx.Node]:
+    """The ``nvfp4_mm`` nodes that read a quantisation; they take it in any shape."""
     items = [item for item in outputs(quantize) if item is not None]
     readers = {reader for item in items for reader in item.users}
-    if any(reader.target is not MM or list(reader.args[:3]) != items for reader in readers):
-        return None
-    return sorted(readers)
+    return sorted(reader for reader in readers if reader.target is MM and list(reader.args[:3]) == items)
+
+
+def _read_by_products_only(quantize: fx.Node) -> bool:
+    products = _products(quantize)
+    return all(reader in products for item in outputs(quantize) if item is not None for reader in item.users)
 
 
 def parts(graph: fx.Graph, quantize: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
@@ -68,7 +77,9 @@ def parts(graph: fx.Graph, quantize: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node
             with graph.inserting_after(quantize):
                 items[index] = insert(graph, operator.getitem, (quantize, index), like=quantize)
     codes, block_scales, global_scale = items
-    assert codes is not None and block_scales is not None and global_scale is not None
+    assert codes is not None
+    assert block_scales is not None
+    assert global_scale is not None
     return codes, block_scales, global_scale
 
 
@@ -81,3 +92,17 @@ def _read_from(graph: fx.Graph, product: fx.Node, quantize: fx.Node, old_x: fx.N
             new = insert(graph, aten.view.default, (new, [*shape[:-1], value(product).shape[-1]]), like=product)
     product.replace_all_uses_with(new)
     graph.erase_node(product)
+
+
+def _replace_parts(graph: fx.Graph, old: fx.Node, quantize: fx.Node, old_x: fx.Node) -> None:
+    """Gives what else reads ``old``, such as experts, the parts of ``quantize`` in the shapes it knows."""
+    for index, item in enumerate(outputs(old)):
+        if item is None or not item.users:
+            continue
+        part = parts(graph, quantize)[index]
+        if old_x is not quantize.args[0] and value(item).dim() > 0:
+            shape: Any = old_x.args[1]
+            last = () if index == 2 else (value(item).shape[-1],)
+            with graph.inserting_before(item):
+                part = insert(graph, aten.view.default, (part, [*shape[:-1], *last]), like=item)
+        item.replace_all_uses_with(part)
