@@ -33,7 +33,7 @@ def _source_files() -> tuple[str, ...]:
     return tuple(sorted(str(path) for folder in folders for path in folder.glob("*.py")))
 
 
-class RewriteGraph(CustomGraphPass):  # type: ignore[misc]
+class RewriteGraph(CustomGraphPass):
     """Runs the passes on each graph that Inductor compiles, subgraphs of repeated regions included.
 
     Args:
@@ -132,7 +132,7 @@ def compile_bound(
         **REQUIRED_BY_BACKEND,
     }
     with torch.no_grad():
-        compiled: Callable[..., Any] = compile_fx(bound.gm, list(inputs), config_patches=config, **compile_options)
+        compiled: Any = compile_fx(bound.gm, list(inputs), config_patches=config, **compile_options)
     return compiled
 
 

@@ -156,7 +156,7 @@ def _copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     copy.meta.update(gm.meta)
     for original, node in copies.items():
         if original.op == "placeholder" and hasattr(original, "_dynamo_source"):
-            node._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
+            node._dynamo_source = original._dynamo_source
     for name, child in gm.named_children():
         if isinstance(child, fx.GraphModule):
             setattr(copy, name, _copy_graph(child))
@@ -183,7 +183,7 @@ def _replace_by_parts(
     calls = list(gm.graph.find_nodes(op="call_function", target=INVOKE_SUBGRAPH))
     by_subgraph: dict[str, list[fx.Node]] = {}
     for call in calls:
-        by_subgraph.setdefault(call.args[0].target, []).append(call)  # type: ignore[union-attr, arg-type]
+        by_subgraph.setdefault(call.args[0].target, []).append(call)
     for target, group in by_subgraph.items():
         _pass_parts_to_subgraph(getattr(gm, target), group, operands, kinds)
     for node, parts in operands.items():
@@ -226,13 +226,12 @@ def _pass_parts_to_subgraph(
         arguments = [call.args[2 + position] for call in calls]
         packed = all(argument in operands for argument in arguments) and len({kinds[node] for node in arguments}) == 1
         for call_arguments, argument in zip(new_arguments, arguments, strict=True):
-            call_arguments.extend(operands[argument] if packed else (argument,))  # type: ignore[index, arg-type]
+            call_arguments.extend(operands[argument] if packed else (argument,))
         if packed:
             with subgraph.graph.inserting_before(placeholder):
-                inner[placeholder] = tuple(  # type: ignore[assignment]
-                    subgraph.graph.placeholder(f"{placeholder.name}_{part}")
-                    for part in ("codes", "block_scales", "global_scale")
-                )
+                names = [f"{placeholder.name}_{part}" for part in ("codes", "block_scales", "global_scale")]
+                codes, block_scales, global_scale = (subgraph.graph.placeholder(name) for name in names)
+                inner[placeholder] = (codes, block_scales, global_scale)
             inner_kinds[placeholder] = kinds[arguments[0]]
     for call, call_arguments in zip(calls, new_arguments, strict=True):
         call.args = tuple(call_arguments)
@@ -348,7 +347,7 @@ def _readers(gm: fx.GraphModule, node: fx.Node, transposed: bool) -> Iterator[tu
     """What reads a weight [N, K] behind views of it, and whether it does so as a linear that contracts K."""
     for user in node.users:
         if user.target is INVOKE_SUBGRAPH:
-            subgraph = getattr(gm, user.args[0].target)  # type: ignore[union-attr, arg-type]
+            subgraph = getattr(gm, user.args[0].target)
             placeholders = subgraph.graph.find_nodes(op="placeholder")
             for position, argument in enumerate(user.args[2:]):
                 if argument is node:
@@ -411,7 +410,7 @@ def _contracts(user: fx.Node, weight: fx.Node, transposed: bool) -> bool:
     elif user.target in (torch.bmm, "bmm"):
         operands = _arguments(user, "input", "mat2")
         position, wanted = (1, True) if transposed else (0, False)
-        if not transposed and not _gathers_experts(weight, weight.args[0]):  # type: ignore[arg-type]
+        if not transposed and not _gathers_experts(weight, weight.args[0]):
             return False  # only gathered experts stand on the left: weight[ids] @ x.unsqueeze(-1)
     elif name in _GROUPED_FUNCTIONS and example.dim() == 3:
         operands, position, wanted = _arguments(user, "mat_a", "mat_b", "offs"), 1, True

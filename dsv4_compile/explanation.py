@@ -1,4 +1,4 @@
-"""``explain``: which regions of a model run as NVFP4 operators, and for every other weight the reason why it does not."""
+"""``explain``: which weights of a model NVFP4 operators read, and for every other one the reason why none does."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ class _Recorder:
             inputs.clear()
             return Interpreter(gm).run(*arguments)
 
-        run._boxed_call = True  # type: ignore[attr-defined]
+        run._boxed_call = True
         return run
 
 
@@ -281,7 +281,7 @@ class _GraphReport:
 
 
 def _operator_name(node: fx.Node) -> str:
-    return str(node.target._schema.name).removeprefix("dsv4::")  # type: ignore[union-attr]
+    return str(node.target._schema.name).removeprefix("dsv4::")
 
 
 def _weight_codes(product: fx.Node) -> list[fx.Node]:

@@ -42,8 +42,8 @@ _MIDPOINTS_TIE_UP = (0.75, 1.75, 3.5)
 # A dtype as wide as two elements of 2, 4 or 8 bytes.
 _PAIR_DTYPES = {2: torch.int32, 4: torch.int64, 8: torch.complex128}
 
-# Weight elements that matmul expands to fp64 at a time: 2 MiB, which stays in the cache.
-_MATMUL_CHUNK_ELEMENTS = 1 << 18
+# Weight elements that matmul expands at a time: 4 MiB in fp64. Larger ones are slower, the allocator returns them.
+_MATMUL_CHUNK_ELEMENTS = 1 << 19
 
 
 def encode_e2m1(x: Tensor) -> Tensor:

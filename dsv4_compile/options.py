@@ -104,7 +104,7 @@ class Options:
 
 
 def _checked_inductor_option(name: str, value: Any) -> Any:
-    kind = torch._inductor.config.get_type(name)
+    kind = torch._inductor.config.get_type(name)  # type: ignore[attr-defined]
     if isinstance(kind, type) and not isinstance(value, kind):
         raise TypeError(f"dsv4: option {name} must be a {kind.__name__}, got {value!r}")
     if name in REQUIRED_BY_BACKEND and value != REQUIRED_BY_BACKEND[name]:

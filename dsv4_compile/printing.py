@@ -99,9 +99,8 @@ class _Printer:
 
     def type_of(self, value: Any) -> str:
         if isinstance(value, Tensor):
-            sizes = ", ".join(
-                self.symbol(size) if isinstance(size, torch.SymInt) else str(size) for size in value.shape
-            )
+            shape: list[Any] = list(value.shape)
+            sizes = ", ".join(self.symbol(size) if isinstance(size, torch.SymInt) else str(size) for size in shape)
             return f"{_DTYPES.get(value.dtype, str(value.dtype))}[{sizes}]"
         if isinstance(value, (tuple, list)):
             return "(" + ", ".join(self.type_of(item) for item in value) + ")"
@@ -110,7 +109,7 @@ class _Printer:
         return type(value).__name__
 
     def symbol(self, size: Any) -> str:
-        """Symbols are numbered in the order they appear: s0, s1 ... for sizes, u0, u1 ... for values read on the host."""
+        """Numbers symbols in the order they appear: s0, s1 ... for sizes, u0, u1 ... for values read on the host."""
 
         def number(match: re.Match[str]) -> str:
             known = sum(name.startswith(match[1]) for name in self.symbols.values())

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from dsv4_compile import nvfp4
-from dsv4_compile.ops import dequantize_nvfp4
+from dsv4_compile.ops.dequantize_nvfp4 import dequantize_nvfp4
 from dsv4_compile.ops.registration import FLOAT_DTYPES, check_packed
 
 aten = torch.ops.aten
@@ -54,7 +54,7 @@ class Nvfp4Tensor(torch.Tensor):
             dtype in FLOAT_DTYPES, lambda: f"Nvfp4Tensor: dtype must be bfloat16, float16 or float32, got {dtype}"
         )
         shape = (*codes.shape[:-1], 2 * codes.shape[-1])
-        wrapper: Nvfp4Tensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        wrapper: Nvfp4Tensor = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=codes.device, requires_grad=False
         )
         return wrapper
@@ -81,7 +81,7 @@ class Nvfp4Tensor(torch.Tensor):
         with torch.no_grad():
             return cls(*nvfp4.quantize_weight(weight.detach()), dtype=weight.dtype)
 
-    def dequantize(self) -> Tensor:  # type: ignore[override]
+    def dequantize(self) -> Tensor:
         """The plain tensor of ``self.dtype`` that this weight stands for."""
         return dequantize_nvfp4(self.codes, self.block_scales, self.global_scale, self.dtype)
 
@@ -94,7 +94,8 @@ class Nvfp4Tensor(torch.Tensor):
         return self.codes, self.block_scales, self.global_scale
 
     def _map(self, fn: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> Nvfp4Tensor:
-        return Nvfp4Tensor(*(fn(part) for part in self._parts()), dtype=dtype or self.dtype)
+        codes, block_scales, global_scale = (fn(part) for part in self._parts())
+        return Nvfp4Tensor(codes, block_scales, global_scale, dtype=dtype or self.dtype)
 
     def _part(self, fn: Callable[[Tensor], Tensor]) -> Nvfp4Tensor:
         # fn views along the first dimension, which a 0-d global scale has not: that one stays the whole weight's.
@@ -104,7 +105,7 @@ class Nvfp4Tensor(torch.Tensor):
         part.shares_global_scale = self.shares_global_scale or is_borrowed
         return part
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         kind = "Parameter(Nvfp4Tensor" if getattr(self, "_is_param", False) else "Nvfp4Tensor"
         scale = (
             "one global scale" if self.global_scale.dim() == 0 else f"{tuple(self.global_scale.shape)} global scales"
@@ -124,10 +125,13 @@ class Nvfp4Tensor(torch.Tensor):
     def __tensor_unflatten__(
         inner: dict[str, Tensor], context: dict[str, Any], outer_size: Any, outer_stride: Any
     ) -> Nvfp4Tensor:
-        return Nvfp4Tensor(*(inner[name] for name in _PARTS), dtype=context["dtype"])
+        codes, block_scales, global_scale = (inner[name] for name in _PARTS)
+        return Nvfp4Tensor(codes, block_scales, global_scale, dtype=context["dtype"])
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if torch.is_inference_mode_enabled() and _is_view(func):
             # A view of a parameter made outside of inference mode must not be an inference tensor.

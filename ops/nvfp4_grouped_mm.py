@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,9 +86,7 @@ def reference(
         a_codes, a_block_scales, a_global_scale, b_codes, b_block_scales, b_global_scale, offsets, out_dtype
     ).zero_()
     num_groups = b_codes.shape[0]
-    selections: list[int] | list[slice] = (
-        list(range(num_groups)) if offsets is None else _row_ranges(offsets, a_codes.shape[0])
-    )
+    selections: Sequence[Any] = range(num_groups) if offsets is None else _row_ranges(offsets, a_codes.shape[0])
     for group, rows in enumerate(selections):
         if not out[rows].numel():
             continue

@@ -96,8 +96,8 @@ def rms_norm_quantize_nvfp4(
         granularity: see :func:`quantize_nvfp4`.
 
     Returns:
-        codes, block_scales and global_scale as of :func:`quantize_nvfp4`, bitwise those of the normalised tensor rounded
-        to the dtype of ``x``. A row that holds NaN or Inf gives a NaN block scale in that row and in no other. A sum of
+        codes, block_scales and global_scale as of :func:`quantize_nvfp4`, bitwise those of the normalised tensor
+        rounded to the dtype of ``x``. A row that holds NaN or Inf gives a NaN block scale in that row and in no other. A sum of
         squares beyond fp32's range gives a row of zeros, as in eager mode.
 
     Raises:

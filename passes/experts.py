@@ -26,7 +26,7 @@ _EXPERTS, _ROWS, _K = 4, 16, 32
 
 def grouped(x: Tensor, codes: Tensor, block_scales: Tensor, global_scale: Tensor, offsets: Tensor) -> Tensor:
     weight = dequantize_nvfp4(codes, block_scales, global_scale, x.dtype)
-    return torch._grouped_mm(x, weight.transpose(-2, -1), offsets)  # type: ignore[attr-defined, no-any-return]
+    return torch._grouped_mm(x, weight.transpose(-2, -1), offsets)
 
 
 def gathered(x: Tensor, codes: Tensor, block_scales: Tensor, global_scale: Tensor, ids: Tensor) -> Tensor:

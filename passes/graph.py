@@ -65,7 +65,7 @@ def outputs(node: fx.Node) -> list[fx.Node | None]:
     items: list[fx.Node | None] = [None, None, None]
     for user in node.users:
         if user.target is operator.getitem:
-            items[user.args[1]] = user  # type: ignore[index, call-overload]
+            items[user.args[1]] = user
     return items
 
 

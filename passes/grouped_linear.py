@@ -87,7 +87,7 @@ def applies(match: Match, granularity: str) -> tuple[Any, list[Any]] | None:
     if codes.dim() == 2 and (global_scale.dim() != 0 or codes.shape[0] % rows_of_x != 0):
         return None
     options = {"groups": rows_of_x, "granularity": granularity, "out_dtype": value(product).dtype}
-    return functools.partial(replacement, **options), arguments  # type: ignore[arg-type]
+    return functools.partial(replacement, **options), arguments
 
 
 def build(granularity: str) -> list[Fusion]:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch._inductor.pattern_matcher import Match
 
-from dsv4_compile.ops import dequantize_nvfp4, nvfp4_mm, quantize_nvfp4
+from dsv4_compile.ops.dequantize_nvfp4 import dequantize_nvfp4
+from dsv4_compile.ops.nvfp4_mm import nvfp4_mm
+from dsv4_compile.ops.quantize_nvfp4 import quantize_nvfp4
 from dsv4_compile.passes.graph import Fusion, value
 
 

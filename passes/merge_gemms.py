@@ -52,7 +52,7 @@ def _is_view(node: fx.Node) -> bool:
 
 def _merge(graph: fx.Graph, group: list[fx.Node]) -> None:
     first = group[0]
-    weights = [[part for node in group for part in node.args[index]] for index in (3, 4, 5)]  # type: ignore[union-attr]
+    weights = [[part for node in group for part in node.args[index]] for index in (3, 4, 5)]
     with graph.inserting_before(first):
         bias = None
         if first.args[6] is not None:

@@ -25,8 +25,8 @@ from dsv4_compile.ops.swiglu_quantize_nvfp4 import swiglu_quantize_nvfp4
 from dsv4_compile.passes.experts import Packed, gathered_mm
 from dsv4_compile.passes.graph import Fusion, aten, same_shape, value
 
-NAMES = ("gate_up_codes", "gate_up_block_scales", "gate_up_global_scale")
-NAMES += ("down_codes", "down_block_scales", "down_global_scale")
+PARTS = ("codes", "block_scales", "global_scale")
+NAMES = (*(f"gate_up_{part}" for part in PARTS), *(f"down_{part}" for part in PARTS))
 
 # Example sizes, all different, so that a captured scalar stands for one thing only.
 _TOKENS, _TOP_K, _EXPERTS, _HIDDEN, _INTERMEDIATE = 7, 3, 5, 64, 32
@@ -132,13 +132,21 @@ def replacement(
     x: Tensor,
     ids: Tensor,
     weights: Tensor,
-    *packed: Tensor,
+    gate_up_codes: Tensor,
+    gate_up_block_scales: Tensor,
+    gate_up_global_scale: Tensor,
+    down_codes: Tensor,
+    down_block_scales: Tensor,
+    down_global_scale: Tensor,
+    *,
     limit: float,
     granularity: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
     quantized = quantize_nvfp4(x, granularity)
-    return nvfp4_moe(*quantized, ids, weights, *packed, limit, "after_down", granularity, out_dtype)
+    gate_up = (gate_up_codes, gate_up_block_scales, gate_up_global_scale)
+    down = (down_codes, down_block_scales, down_global_scale)
+    return nvfp4_moe(*quantized, ids, weights, *gate_up, *down, limit, "after_down", granularity, out_dtype)
 
 
 def applies(match: Match, granularity: str) -> tuple[Any, list[Any]] | None:
@@ -165,7 +173,7 @@ def applies(match: Match, granularity: str) -> tuple[Any, list[Any]] | None:
             return None
         if node.target is aten.clamp_max.default and node.args[1] != experts - 1:
             return None
-        if node.target is aten.split.Tensor and 2 * node.args[1] != gate_up.shape[1]:  # type: ignore[operator]
+        if node.target is aten.split.Tensor and 2 * node.args[1] != gate_up.shape[1]:
             return None
     if match.kwargs.get("top_k", ids.shape[1]) != ids.shape[1]:
         return None

@@ -74,7 +74,7 @@ def applies(match: Match, granularity: str, keep: bool) -> tuple[Any, list[Any]]
     """Exact for a weight [K] and a result of the dtype of ``x``; the mean is over the last axis by the pattern."""
     x, weight = match.kwargs["x"], match.kwargs.get("weight")
     norm = next(node for node in match.nodes if node.target is torch.ops.dsv4.quantize_nvfp4.default).args[0]
-    if value(norm).dtype != value(x).dtype or value(norm).dim() != value(x).dim():  # type: ignore[arg-type]
+    if value(norm).dtype != value(x).dtype or value(norm).dim() != value(x).dim():
         return None
     if weight is not None and (value(weight).dim() != 1 or value(weight).shape[0] != value(x).shape[-1]):
         return None

@@ -21,7 +21,8 @@ from torch import Tensor, fx
 from torch._inductor.pattern_matcher import Match
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from dsv4_compile.ops import quantize_nvfp4, swiglu_quantize_nvfp4
+from dsv4_compile.ops.quantize_nvfp4 import quantize_nvfp4
+from dsv4_compile.ops.swiglu_quantize_nvfp4 import swiglu_quantize_nvfp4
 from dsv4_compile.passes.graph import CAST, Fusion, aten, same_shape, value
 
 Packed = tuple[Tensor, Tensor, Tensor]

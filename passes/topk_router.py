@@ -79,15 +79,15 @@ def apply(graph: fx.Graph) -> int:
     return count
 
 
-def _is_selected_scores(node: fx.Node) -> bool:
+def _is_selected_scores(node: Any) -> bool:
     if node.target is aten.gather.default:
         return node.args[1] in (1, -1) and value(node).dim() == 2
-    return node.target is operator.getitem and _topk(node.args[0]) is not None and node.args[1] == 0
+    return node.target is operator.getitem and node.args[1] == 0 and _topk(node.args[0]) is not None
 
 
 def _topk(node: Any) -> fx.Node | None:
     """``node`` when it is a topk of the largest over the last of two dimensions."""
-    if not isinstance(node, fx.Node) or node.target is not aten.topk.default or value(node.args[0]).dim() != 2:  # type: ignore[arg-type]
+    if not isinstance(node, fx.Node) or node.target is not aten.topk.default or value(node.args[0]).dim() != 2:
         return None
     dim, largest = (*node.args[2:4], -1, True)[:2] if len(node.args) > 2 else (-1, True)
     return node if dim in (1, -1) and (len(node.args) < 4 or largest) else None
@@ -96,11 +96,11 @@ def _topk(node: Any) -> fx.Node | None:
 def _rewrite(graph: fx.Graph, selected: fx.Node) -> bool:
     if selected.target is operator.getitem:
         topk = selected.args[0]
-        scores, selection = topk.args[0], _from_topk(topk, topk.args[0])  # type: ignore[union-attr, arg-type]
+        scores, selection = topk.args[0], _from_topk(topk, topk.args[0])
     else:
         scores = selected.args[0]
-        selection = _selection(selected.args[2], scores)  # type: ignore[arg-type]
-    found = _score(scores)  # type: ignore[arg-type]
+        selection = _selection(selected.args[2], scores)
+    found = _score(scores)
     if found is None or selection is None:
         return False
     name, logits = found
@@ -139,16 +139,16 @@ def _score(scores: fx.Node) -> tuple[str, fx.Node] | None:
 
 
 def _selection(ids: fx.Node, scores: fx.Node) -> _Selection | None:
-    source = ids
+    source: Any = ids
     while source.target is CAST:
-        source = source.args[0]  # type: ignore[assignment]
+        source = source.args[0]
     if source.target is operator.getitem and source.args[1] == 1 and (topk := _topk(source.args[0])) is not None:
         return _from_topk(topk, scores)
-    if source.target is aten.index.Tensor and len(source.args[1]) == 1 and source.args[1][0] is not None:  # type: ignore[arg-type, index]
-        table, token_ids = source.args[0], source.args[1][0]  # type: ignore[index]
-        if value(table).dim() == 2 and value(token_ids).dim() == 1:  # type: ignore[arg-type]
+    if source.target is aten.index.Tensor and len(source.args[1]) == 1 and source.args[1][0] is not None:
+        table, token_ids = source.args[0], source.args[1][0]
+        if value(table).dim() == 2 and value(token_ids).dim() == 1:
             top_k = value(source).shape[1]
-            return _Selection(ids, top_k, hash_table=table, token_ids=token_ids)  # type: ignore[arg-type]
+            return _Selection(ids, top_k, hash_table=table, token_ids=token_ids)
     return None
 
 
@@ -163,7 +163,7 @@ def _from_topk(topk: fx.Node, scores: fx.Node) -> _Selection | None:
     if is_sum and scores in chosen_by.args[:2]:
         bias = chosen_by.args[1] if chosen_by.args[0] is scores else chosen_by.args[0]
         while isinstance(bias, fx.Node) and bias.target in (CAST, aten.unsqueeze.default, *VIEWS):
-            bias = bias.args[0]  # type: ignore[assignment]
+            bias = bias.args[0]
         if (
             isinstance(bias, fx.Node)
             and value(bias).dim() == 1
@@ -182,7 +182,7 @@ def _weights(selected: fx.Node) -> tuple[fx.Node, str, float, float]:
         normalization = "sum"
     scaled = _only_reader(node, lambda user: user.target is aten.mul.Tensor and isinstance(user.args[1], (int, float)))
     if scaled is not None:
-        return scaled, normalization, eps, float(scaled.args[1])  # type: ignore[arg-type]
+        return scaled, normalization, eps, float(scaled.args[1])
     return node, normalization, eps, 1.0
 
 
@@ -196,7 +196,7 @@ def _only_reader(node: fx.Node, wanted: Callable[[fx.Node], bool]) -> fx.Node | 
 def _divided_by_own_sum(selected: fx.Node) -> tuple[fx.Node, float] | None:
     """The quotient ``selected / (sum(selected, -1, keepdim) + eps)`` and its eps."""
     for total in selected.users:
-        if total.target is not aten.sum.dim_IntList or list(total.args[1]) not in ([-1], [1]):  # type: ignore[arg-type]
+        if total.target is not aten.sum.dim_IntList or list(total.args[1]) not in ([-1], [1]):
             continue
         if len(total.args) < 3 or total.args[2] is not True or total.kwargs:
             continue
@@ -204,5 +204,5 @@ def _divided_by_own_sum(selected: fx.Node) -> tuple[fx.Node, float] | None:
         divisor, eps = (plus, plus.args[1]) if plus is not None else (total, 0.0)
         quotient = _only_reader(divisor, lambda user: user.target is aten.div.Tensor)
         if quotient is not None and quotient.args[0] is selected and set(selected.users) == {total, quotient}:
-            return quotient, float(eps)  # type: ignore[arg-type]
+            return quotient, float(eps)
     return None

@@ -175,6 +175,17 @@ def test_quantize_known_values_of_token() -> None:
     assert codes_of(codes) == [7, 10, *[0] * 14, 7, 1, *[0] * 14, *[0] * 16]
 
 
+def test_quantize_with_a_global_scale_too_small_saturates() -> None:
+    """Guards against a NaN block scale where x / gs exceeds 2688: 448 and codes ±6, as a static scale gives.
+
+    gs = 1: 26880 / 6 = 4480 -> 448 and 26880 / 448 = 60 -> 6 (7); -1344 / 448 = -3 (13); 111 / 448 < 0.25 -> 0.
+    """
+    x = torch.tensor([block(26880.0, -26880.0, -1344.0, 111.0)])
+    codes, block_scales = nvfp4.quantize_with_global_scale(x, torch.ones(()))
+    assert block_scales.float().tolist() == [[448.0]]
+    assert codes_of(codes) == [7, 15, 13, 0, *[0] * 12]
+
+
 @pytest.mark.parametrize("granularity", nvfp4.GRANULARITIES)
 def test_quantize_largest_bf16(granularity: str) -> None:
     """Guards against an overflow of gs * 6 or an inverse that is flushed as a denormal, at ±max bf16."""
