@@ -125,6 +125,8 @@ _SIZE_ARGUMENTS = {
     aten.expand.default: (1,),
     aten.split.Tensor: (1,),
     aten.histc.default: (1, 2, 3),
+    aten.ge.Scalar: (1,),
+    aten.clamp_max.default: (1,),
     aten.empty.memory_format: (0,),
     torch.ops.prims.iota.default: (0,),
 }

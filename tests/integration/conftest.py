@@ -29,18 +29,53 @@ def fake_quantize(x: Tensor) -> Tensor:
 
 
 def emulated(module: nn.Module) -> nn.Module:
-    """A copy whose linears multiply what is left of activation and weight in NVFP4, rounded once to bf16."""
+    """A copy whose linears multiply what is left of activation and weight in NVFP4, rounded once to bf16.
+
+    So do DeepSeek V4's grouped linear and stacks of experts; routers keep their bf16 weight.
+    """
     module = copy.deepcopy(module)
     for child in module.modules():
         weight = getattr(child, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.dim() == 2 and type(child).__name__ == "Linear":
             child.forward = _emulated_linear(fake_quantize(weight), child.bias, weight.dtype)
+        elif type(child).__name__ == "DeepseekV4GroupedLinear":
+            child.forward = _emulated_grouped_linear(fake_quantize(weight), child.n_groups, weight.dtype)
+        elif isinstance(getattr(child, "gate_up_proj", None), nn.Parameter):
+            child.forward = _emulated_experts(child)
     return module
 
 
 def _emulated_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         return F.linear(fake_quantize(x), weight, None if bias is None else bias.float()).to(dtype)
+
+    return forward
+
+
+def _emulated_grouped_linear(weight: Tensor, groups: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        return torch.einsum("...gk,gnk->...gn", fake_quantize(x), weight.unflatten(0, (groups, -1))).to(dtype)
+
+    return forward
+
+
+def _emulated_experts(experts: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Expert by expert; a global scale for each expert's weight, one for the tokens, one for all inputs of ``down``."""
+    gate_up = [fake_quantize(weight) for weight in experts.gate_up_proj]
+    down = [fake_quantize(weight) for weight in experts.down_proj]
+
+    def forward(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        tokens = fake_quantize(x)
+        hidden = torch.zeros(*ids.shape, down[0].shape[1])
+        for expert, weight in enumerate(gate_up):
+            token, slot = torch.where(ids == expert)
+            hidden[token, slot] = experts._apply_gate(tokens[token] @ weight.T)
+        hidden = fake_quantize(hidden.to(x.dtype))
+        y = torch.zeros(*ids.shape, x.shape[1])
+        for expert, weight in enumerate(down):
+            token, slot = torch.where(ids == expert)
+            y[token, slot] = hidden[token, slot] @ weight.T
+        return (y * weights.float().unsqueeze(-1)).sum(dim=1).to(x.dtype)
 
     return forward
 
