@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.constant_folding import add_dont_constant_fold
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes, get_hash_for_files
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from dsv4_compile import ops, passes
 from dsv4_compile.binding import BoundGraph, bind_weights, runner
@@ -33,6 +33,13 @@ def _source_files() -> tuple[str, ...]:
     return tuple(sorted(str(path) for folder in folders for path in folder.glob("*.py")))
 
 
+def _as_passes(setting: Any) -> tuple[Any, ...]:
+    """What ``joint_custom_pre_pass`` holds: nothing, a pass, or (torch 2.13) several."""
+    if setting is None:
+        return ()
+    return tuple(setting) if isinstance(setting, (list, tuple)) else (setting,)
+
+
 class RewriteGraph(CustomGraphPass):
     """Runs the passes on each graph that Inductor compiles, subgraphs of repeated regions included.
 
@@ -44,7 +51,7 @@ class RewriteGraph(CustomGraphPass):
     def __init__(self, options: Options, observe: Observer | None = None) -> None:
         self.options = options
         self.observe = observe
-        self.others = get_custom_graph_passes(
+        self.others = _as_passes(
             options.inductor.get("joint_custom_pre_pass", torch._inductor.config.joint_custom_pre_pass)
         )
 

@@ -49,7 +49,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     square_sum = x.to(torch.float64).square().sum(dim=-1, keepdim=True).to(torch.float32)
     # A tensor as divisor: CUDA divides by a Python scalar as a multiplication by its reciprocal, which rounds twice.
     mean = square_sum / torch.full_like(square_sum, x.shape[-1])
-    y = x.to(torch.float32) * (1.0 / torch.sqrt(mean + eps))
+    y = x.to(torch.float32) * (1.0 / nvfp4.sqrt(mean + eps))
     if weight is not None:
         y = y * weight.to(torch.float32)
     return y.to(x.dtype).contiguous()
@@ -97,8 +97,8 @@ def rms_norm_quantize_nvfp4(
 
     Returns:
         codes, block_scales and global_scale as of :func:`quantize_nvfp4`, bitwise those of the normalised tensor
-        rounded to the dtype of ``x``. A row that holds NaN or Inf gives a NaN block scale in that row and in no other. A sum of
-        squares beyond fp32's range gives a row of zeros, as in eager mode.
+        rounded to the dtype of ``x``. A row that holds NaN or Inf gives NaN block scales in that row and in no other. A
+        sum of squares beyond fp32's range gives a row of zeros, as in eager mode.
 
     Raises:
         RuntimeError: wrong dtype, K not a multiple of 16, a weight that is not [K], negative eps, unknown granularity,

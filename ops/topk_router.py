@@ -101,7 +101,7 @@ def scores(logits: Tensor, score_function: str) -> Tensor:
     u = _exp(-logits.abs())
     if score_function == "sigmoid":
         return torch.where(logits >= 0, 1.0, u) / (1.0 + u)
-    return torch.sqrt(logits.clamp(min=0.0) + _log1p(u))
+    return nvfp4.sqrt(logits.clamp(min=0.0) + _log1p(u))
 
 
 def reference(

@@ -71,7 +71,7 @@ def sqnr_db(actual: Tensor, expected: Tensor) -> float:
 def routing(experts: int = E, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, ids of distinct experts, and weights that differ by much."""
     ids = torch.stack([torch.randperm(experts)[:TOP_K] for _ in range(T)])
-    return torch.randn(T, H, dtype=torch.bfloat16), ids, torch.rand(T, TOP_K, dtype=dtype) + 0.25
+    return torch.randn(T, H, dtype=torch.bfloat16), ids, 4 * torch.rand(T, TOP_K, dtype=dtype)
 
 
 def experts_module(kind: Any, config: Any, implementation: str) -> nn.Module:
@@ -79,7 +79,7 @@ def experts_module(kind: Any, config: Any, implementation: str) -> nn.Module:
     config._experts_implementation = implementation
     module = kind(config).bfloat16()
     for weight in module.parameters():
-        scale = torch.logspace(-0.5, 0.5, len(weight)).view(-1, 1, 1)
+        scale = torch.logspace(-0.2, 0.2, len(weight)).view(-1, 1, 1)
         weight.data = (torch.randn(weight.shape) * scale / 4).bfloat16()
     return module.eval()
 
@@ -113,18 +113,17 @@ def test_deepseek_v4(implementation: str) -> None:
     assert_expected_inline(graph.after, """\
 w0: nvfp4[4, 64, 64]
 w1: nvfp4[4, 64, 32]
-x0: bf16[6, 64]
-x1: i64[6, 2]
+x0: i64[6, 2]
+x1: bf16[6, 64]
 x2: bf16[6, 2]
-%0: (u8[6, 32], f8e4m3[6, 4], f32[]) = dsv4.quantize_nvfp4(x0, 'tensor')
-%1: bf16[6, 64] = dsv4.nvfp4_moe(*%0, x1, x2, *w0, *w1, 2.0, 'after_down', 'tensor', bf16)
+%0: (u8[6, 32], f8e4m3[6, 4], f32[]) = dsv4.quantize_nvfp4(x1, 'tensor')
+%1: bf16[6, 64] = dsv4.nvfp4_moe(*%0, x0, x2, *w0, *w1, 2.0, 'after_down', 'tensor', bf16)
 return %1""")
     assert graph.counts["moe"] == 1
     assert torch.equal(result, emulated(*inputs, module.gate_up_proj, module.down_proj, L))
 
 
-@pytest.mark.parametrize("weights_dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("experts", [2, 5, 8])
+@pytest.mark.parametrize(("experts", "weights_dtype"), [(2, torch.bfloat16), (8, torch.float32)], ids=str)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_number_of_experts_and_dtype_of_weights(implementation: str, experts: int, weights_dtype: torch.dtype) -> None:
     """Guards against a pattern that holds for the sizes and dtypes it was traced with only."""
@@ -136,8 +135,9 @@ def test_number_of_experts_and_dtype_of_weights(implementation: str, experts: in
     assert torch.equal(result, emulated(*inputs, module.gate_up_proj, module.down_proj, L))
 
 
-@pytest.mark.parametrize("granularity", nvfp4.GRANULARITIES)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("implementation", "granularity"), [("grouped_mm", "token"), ("batched_mm", "token"), ("batched_mm", "tensor_pow2")]
+)
 def test_granularity(implementation: str, granularity: str) -> None:
     """Guards against quantising tokens or the input of down with another granularity than the model asked for."""
     module = v4_experts(implementation)
@@ -149,8 +149,7 @@ def test_granularity(implementation: str, granularity: str) -> None:
     assert torch.equal(result, expected)
 
 
-@pytest.mark.parametrize("weights_dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("experts", [E, 5])
+@pytest.mark.parametrize(("experts", "weights_dtype"), [(E, torch.bfloat16), (5, torch.float32)], ids=str)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_expert_parallel(implementation: str, experts: int, weights_dtype: torch.dtype) -> None:
     """Guards against the sentinel ``num_experts`` (an expert elsewhere) reading a weight, whatever its own weight."""
@@ -165,8 +164,9 @@ def test_expert_parallel(implementation: str, experts: int, weights_dtype: torch
     assert not result[2].any()
 
 
-@pytest.mark.parametrize("kind", [MixtralExperts, Qwen3MoeExperts])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("implementation", "kind"), [("grouped_mm", MixtralExperts), ("batched_mm", Qwen3MoeExperts)]
+)
 def test_experts_without_clamp(implementation: str, kind: Any) -> None:
     """Guards against a limit that was never asked for, and against a match of DeepSeek's class alone."""
     if kind is MixtralExperts:
@@ -181,10 +181,9 @@ def test_experts_without_clamp(implementation: str, kind: Any) -> None:
     assert torch.equal(result, emulated(*inputs, module.gate_up_proj, module.down_proj))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_packed_beforehand(implementation: str) -> None:
+def test_packed_beforehand() -> None:
     """Guards against a difference between experts packed by quantize_ and those packed by the backend."""
-    module = v4_experts(implementation)
+    module = v4_experts("batched_mm")
     inputs = routing()
     plain_result, plain = capture_one(module, *inputs)
     quantize_(module)
@@ -197,18 +196,20 @@ def test_packed_beforehand(implementation: str) -> None:
 def test_dynamic_shapes(implementation: str) -> None:
     """Guards against a number of tokens that is not known when compiling."""
     module = v4_experts(implementation)
-    inputs = routing()
-    for tensor in inputs:
-        torch._dynamo.mark_dynamic(tensor, 0)
-    result, graph = capture_one(module, *inputs)
+    x, _, _ = routing()
+
+    def routed(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x, (x[:, :TOP_K] > 0).long() + 1, x[:, :TOP_K].abs()
+
+    result, graph = capture_one(lambda x: module(*routed(x)), x, dynamic=True)
     assert graph.counts["moe"] == 1
-    assert torch.equal(result, emulated(*inputs, module.gate_up_proj, module.down_proj, L))
+    assert "bf16[s0, 64] = dsv4.nvfp4_moe(" in graph.after
+    assert torch.equal(result, emulated(*routed(x), module.gate_up_proj, module.down_proj, L))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_all_tokens_on_one_expert(implementation: str) -> None:
+def test_all_tokens_on_one_expert() -> None:
     """Guards against empty groups, and an expert that stands twice in a row of ids."""
-    module = v4_experts(implementation)
+    module = v4_experts("grouped_mm")
     x, ids, weights = routing()
     inputs = x, torch.full_like(ids, 2), weights
     result, graph = capture_one(module, *inputs)
@@ -350,18 +351,9 @@ class SecondReaderOfGateAndUp(Steps):
         return super().total(y) + self.read.sum()
 
 
-class SecondReaderOfRows(Steps):
-    def weighted(self, y: Tensor, weights: Tensor) -> Tensor:
-        self.read = super().weighted(y, weights)
-        return self.read
-
-    def total(self, y: Tensor) -> Tensor:
-        return super().total(y) - 3 * self.read.amax()
-
-
 class OtherActivation(Steps):
     def activate(self, gate: Tensor, up: Tensor) -> Tensor:
-        return F.relu(gate.clamp(max=L)) * up.clamp(-L, L)
+        return torch.cos(gate.clamp(max=L)) * up.clamp(-L, L)
 
 
 class GateAndUpSwapped(Steps):
@@ -390,16 +382,6 @@ class WeightsOfOtherTokens(Steps):
         return weights.t().reshape(-1)
 
 
-class Mean(Steps):
-    def total(self, y: Tensor) -> Tensor:
-        return y.mean(dim=1)
-
-
-class Maximum(Steps):
-    def total(self, y: Tensor) -> Tensor:
-        return y.amax(dim=1)
-
-
 class FirstExpertOnly(Steps):
     def total(self, y: Tensor) -> Tensor:
         return y[:, :1].sum(dim=1)
@@ -413,15 +395,12 @@ class OtherDownExpert(Steps):
 BOTH = (
     SecondReaderOfDown,
     SecondReaderOfGateAndUp,
-    SecondReaderOfRows,
     OtherActivation,
     GateAndUpSwapped,
     Interleaved,
     WeightTwice,
     NoWeight,
     WeightsOfOtherTokens,
-    Mean,
-    Maximum,
     FirstExpertOnly,
 )
 
@@ -436,9 +415,9 @@ class OffsetsOfOtherIds(Steps):
         return super().offsets((ids + 1) % E)
 
 
-class OffsetsOfTooFewBins(Steps):
+class OffsetsOfOtherBins(Steps):
     def offsets(self, ids: Tensor) -> Tensor:
-        counts = torch.histc(ids.float(), bins=len(self.gate_up), min=0, max=len(self.gate_up))
+        counts = torch.histc(ids.float(), bins=len(self.gate_up), min=1, max=len(self.gate_up) - 1)
         return torch.cumsum(counts, dim=0, dtype=torch.int32)
 
 
@@ -459,13 +438,6 @@ class InverseReversed(Steps):
         return inverse
 
 
-class InverseOfSomethingElse(Steps):
-    def inverse(self, order: Tensor) -> Tensor:
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(order.shape[0])
-        return inverse.flip(0)
-
-
 class OtherTopK(Steps):
     def top_k(self, ids: Tensor) -> int:
         return ids.shape[1] + 1
@@ -479,11 +451,10 @@ class SortedDown(Steps):
 GROUPED = (
     OffsetsShifted,
     OffsetsOfOtherIds,
-    OffsetsOfTooFewBins,
+    OffsetsOfOtherBins,
     OffsetsOfOneDownOtherwise,
     NoInverse,
     InverseReversed,
-    InverseOfSomethingElse,
     OtherTopK,
     SortedDown,
 )
@@ -499,15 +470,10 @@ class RowsExpanded(Steps):
         return x.unsqueeze(0).expand(top_k, -1, -1).reshape(-1, x.shape[1])
 
 
-class RowsReversed(Steps):
-    def rows(self, x: Tensor, top_k: int) -> Tensor:
-        return x.repeat_interleave(top_k, dim=0).flip(0)
-
-
-BATCHED = (RowsRepeated, RowsExpanded, RowsReversed, OtherDownExpert)
+BATCHED = (RowsRepeated, RowsExpanded, OtherDownExpert)
 
 EDITS = [
-    *[(implementation, steps) for steps in BOTH for implementation in IMPLEMENTATIONS],
+    *[(IMPLEMENTATIONS[index % 2], steps) for index, steps in enumerate(BOTH)],
     *[("grouped_mm", steps) for steps in GROUPED],
     *[("batched_mm", steps) for steps in BATCHED],
 ]
@@ -521,6 +487,21 @@ def test_edited_model_gives_its_own_answer(implementation: str, steps: type[Step
     assert sqnr_db(result, edited) > SAME_DB
     assert sqnr_db(edited, unedited) < OTHER_DB
     assert sqnr_db(result, unedited) < OTHER_DB
+
+
+def test_weights_of_another_shape() -> None:
+    """Guards against a down projection to another width than the tokens have."""
+    down = torch.randn(E, 2 * H, I).bfloat16()
+    gate_up = torch.randn(E, 2 * I, H).bfloat16() / 4
+    inputs = routing()
+    result, graph = capture_one(Model(Steps, "grouped_mm", gate_up, down), *inputs)
+    assert "moe" not in graph.counts
+    assert_expected_inline("\n".join(line for line in graph.after.splitlines() if "dsv4." in line), """\
+%9: (u8[12, 32], f8e4m3[12, 4], f32[]) = dsv4.quantize_nvfp4(%3, 'tensor')
+%10: bf16[12, 64] = dsv4.nvfp4_grouped_mm(*%9, *w0, %8, bf16)
+%12: (u8[12, 16], f8e4m3[12, 2], f32[]) = dsv4.swiglu_quantize_nvfp4(%11[0], %11[1], 2.0, 'tensor')
+%13: bf16[12, 128] = dsv4.nvfp4_grouped_mm(*%12, *w1, %8, bf16)""")
+    assert sqnr_db(result, Steps(gate_up, down, emulate=True).grouped_mm(*inputs)) > SAME_DB
 
 
 # A clamp that is not DeepSeek's stays in the graph. Between the product and the SwiGLU it keeps the whole from
@@ -567,8 +548,9 @@ CLAMPS = {
 }
 
 
-@pytest.mark.parametrize("steps", CLAMPS)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("implementation", "steps"), [(IMPLEMENTATIONS[index % 2], steps) for index, steps in enumerate(CLAMPS)]
+)
 def test_clamps(implementation: str, steps: type[Steps]) -> None:
     """Guards against the limit of the model this was copied from, and against a clamp that is lost."""
     limit = CLAMPS[steps]
