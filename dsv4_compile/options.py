@@ -26,7 +26,7 @@ class Options:
         gsa: granularity of the run-time activation global scale: ``tensor``, ``tensor_pow2`` or ``token``.
         quantize_weights: pack eligible plain weights once at compile time; False compiles packed ones only.
         include: parameter-name patterns to pack, see :func:`dsv4_compile.quantize_`; None for every eligible one.
-        exclude: parameter-name patterns to leave alone.
+        exclude: parameter-name patterns to leave alone; nothing by default when ``include`` is given.
         merge_gemms: run the linears that read one activation as one GEMM.
         dump: file to which each graph is appended before and after the passes; "-" for standard error; "" for none.
         mode: a torch.compile mode, for when ``options`` is given (torch.compile does not take both).
@@ -72,6 +72,8 @@ class Options:
         for name in ("include", "exclude"):
             if isinstance(own.get(name), (list, tuple)):
                 own[name] = tuple(own[name])
+        if own.get("include") is not None:
+            own.setdefault("exclude", ())  # what is asked for by name is packed, be it a router
         parsed = Options(**own, inductor=inductor)
         parsed._check()
         return parsed

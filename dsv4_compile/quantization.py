@@ -74,7 +74,7 @@ class QuantizeReport:
 
 
 def quantize_(
-    model: nn.Module, include: Iterable[str] | None = None, exclude: Iterable[str] = DEFAULT_EXCLUDE
+    model: nn.Module, include: Iterable[str] | None = None, exclude: Iterable[str] | None = None
 ) -> QuantizeReport:
     """Replaces the weights of linear layers and stacked experts by :class:`Nvfp4Tensor` parameters, in place.
 
@@ -84,8 +84,9 @@ def quantize_(
     Args:
         model: any module tree; its weights stay on their device.
         include: shell-style patterns of full parameter names, or one; given, only these are packed, whatever their
-            attribute is called, fp32 ones too.
-        exclude: patterns left alone, or one, by default vocabulary projections and routers.
+            attribute is called, fp32 ones, routers and embeddings too.
+        exclude: patterns left alone, or one; by default ``DEFAULT_EXCLUDE``, vocabulary projections and routers, and
+            nothing when ``include`` asks for weights by name.
 
     Returns:
         A report of what was packed and what was not, with reasons.
@@ -95,6 +96,8 @@ def quantize_(
             left as it was.
     """
     include = (include,) if isinstance(include, str) else None if include is None else tuple(include)
+    if exclude is None:
+        exclude = DEFAULT_EXCLUDE if include is None else ()
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for pattern in include or ():
@@ -152,7 +155,7 @@ def _skip_reason(
     if include is None and weight.dim() == 3 and getattr(owner, "is_transposed", False):
         return "experts stored as [E, K, N]"
     owners = [_owner(model, other)[0] for other, value in parameters.items() if value is weight]
-    if any(isinstance(module, nn.Embedding) for module in owners):
+    if include is None and any(isinstance(module, nn.Embedding) for module in owners):
         return "embedding, or tied to one"
     return ineligible_reason(name, weight, include, exclude)
 

@@ -17,6 +17,7 @@ from torch._inductor.pattern_matcher import (
     CallFunction,
     GraphPatternEntry,
     Ignored,
+    KeywordArg,
     Match,
     MultiOutputPattern,
     PatternExpr,
@@ -43,6 +44,11 @@ def value(node: fx.Node) -> Tensor:
     """The fake tensor that stands for a node's result."""
     result: Tensor = node.meta["val"]
     return result
+
+
+def calls(graph: fx.Graph, target: Any) -> list[fx.Node]:
+    """The calls of an operator in the order of the graph, which ``find_nodes`` does not keep in torch 2.11."""
+    return [node for node in graph.nodes if node.op == "call_function" and node.target is target]
 
 
 def insert(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
@@ -119,7 +125,7 @@ class Fusion:
         match.replace_by_example(replacement, arguments)
 
 
-# Arguments that are sizes, by position: they are those of the example and bind nothing; ``applies`` looks at shapes.
+# Arguments that are sizes or dimensions, by position: they are those of the example and bind nothing; ``applies`` looks at shapes.
 _SIZE_ARGUMENTS = {
     **dict.fromkeys(VIEWS, (1,)),
     aten.expand.default: (1,),
@@ -127,6 +133,7 @@ _SIZE_ARGUMENTS = {
     aten.histc.default: (1, 2, 3),
     aten.ge.Scalar: (1,),
     aten.clamp_max.default: (1,),
+    aten.mean.dim: (1,),
     aten.empty.memory_format: (0,),
     torch.ops.prims.iota.default: (0,),
 }
@@ -146,7 +153,9 @@ def trace_patterns(
         if text not in patterns:
             patterns[text] = pattern = _pattern(traced, function, scalars or {})
             for part in _parts(pattern):
-                part.users = MULTIPLE if shared and part is not pattern else part.users
+                # A view of an input is no intermediate result: its size, for one, is read where shapes are dynamic.
+                of_input = part.fns[0] in VIEWS and isinstance(part.args[0], KeywordArg)
+                part.users = MULTIPLE if (shared or of_input) and part is not pattern else part.users
     return list(patterns.values())
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx
 from torch._ops import OpOverload
 
-from dsv4_compile.passes.graph import MM, VIEWS, aten, insert, value
+from dsv4_compile.passes.graph import MM, VIEWS, aten, calls, insert, value
 
 NAME = "merge_gemms"
 
@@ -23,7 +23,7 @@ NAME = "merge_gemms"
 def apply(graph: fx.Graph) -> int:
     """Runs the pass; returns the number of products that were merged into another."""
     groups: dict[Any, list[fx.Node]] = {}
-    for node in graph.find_nodes(op="call_function", target=MM):
+    for node in calls(graph, MM):
         bias, out_dtype = node.args[6:]
         weights = [*node.args[3], *node.args[4], *node.args[5], *([bias] if bias is not None else [])]
         if _all_inputs(weights) and not _is_returned(node):

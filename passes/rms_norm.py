@@ -71,14 +71,22 @@ def replacement(x: Tensor, weight: Tensor | None = None, *, eps: float, granular
 
 
 def applies(match: Match, granularity: str, keep: bool) -> tuple[Any, list[Any]] | None:
-    """Exact for a weight [K] and a result of the dtype of ``x``; the mean is over the last axis by the pattern."""
+    """Exact for a weight [K], a result of the dtype of ``x``, a mean over the last axis and an eps that is a number."""
     x, weight = match.kwargs["x"], match.kwargs.get("weight")
     norm = next(node for node in match.nodes if node.target is torch.ops.dsv4.quantize_nvfp4.default).args[0]
     if value(norm).dtype != value(x).dtype or value(norm).dim() != value(x).dim():
         return None
+    for node in match.nodes:
+        if node.target is torch.ops.aten.mean.dim and [dim % value(x).dim() for dim in node.args[1]] != [  # type: ignore[union-attr, operator]
+            value(x).dim() - 1
+        ]:
+            return None
+    eps = match.kwargs["eps"]
+    if not isinstance(eps, (int, float)) or eps < 0:
+        return None
     if weight is not None and (value(weight).dim() != 1 or value(weight).shape[0] != value(x).shape[-1]):
         return None
-    bound = functools.partial(replacement, eps=float(match.kwargs["eps"]), granularity=granularity, keep=keep)
+    bound = functools.partial(replacement, eps=float(eps), granularity=granularity, keep=keep)
     return bound, [x] if weight is None else [x, weight]
 
 

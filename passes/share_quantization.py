@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from dsv4_compile.passes.graph import MM, QUANTIZE, VIEWS, aten, insert, outputs, value
+from dsv4_compile.passes.graph import MM, QUANTIZE, VIEWS, aten, calls, insert, outputs, value
 
 NAME = "share_quantization"
 
@@ -28,7 +28,7 @@ def apply(graph: fx.Graph, only_products: bool = False) -> int:
     """Runs the pass; returns the number of quantisations that disappeared or lost a view in front."""
     count = 0
     shared: dict[tuple[fx.Node, str], fx.Node] = {}
-    for node in graph.find_nodes(op="call_function", target=QUANTIZE):
+    for node in calls(graph, QUANTIZE):
         x, granularity = node.args
         base = _without_views(x)
         key = (base, granularity)

@@ -399,3 +399,14 @@ def test_unflatten_dtype(dtype: torch.dtype) -> None:
     """Guards against weights that stand for bf16 in a model of another dtype."""
     flat = flatten_state_dict({"w": Nvfp4Tensor.from_float(torch.randn(16, 32))})
     assert unflatten_state_dict(flat, dtype)["w"].dtype == dtype
+
+
+def test_include_asks_for_what_is_left_alone_by_default() -> None:
+    """A router or an embedding that is asked for by name was silently left alone: the default exclude won."""
+    model = nn.ModuleDict({"lm_head": nn.Linear(32, 48), "embed": nn.Embedding(16, 32)}).bfloat16()
+    report = quantize_(model, include=["lm_head.weight", "embed.weight"])
+    assert sorted(report.quantized) == ["embed.weight", "lm_head.weight"]
+    rows = model["embed"](torch.tensor([3]))
+    assert torch.equal(rows[0], model["embed"].weight.dequantize()[3])
+    excluded = nn.ModuleDict({"lm_head": nn.Linear(32, 48)}).bfloat16()
+    assert quantize_(excluded, include=["*"], exclude=["lm_head*"]).quantized == []
