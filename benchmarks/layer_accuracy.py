@@ -103,7 +103,7 @@ def agreement(a: Tensor, b: Tensor) -> float:
 
 
 def router_agreement(normed: Tensor) -> dict[str, float]:
-    """A router of all 256 experts on the bf16 layer's input: bf16 eager against rewritten, gate in bf16 and in NVFP4."""
+    """A router of all 256 experts on the bf16 layer's input: bf16 eager against rewritten, with each kind of gate."""
     from transformers import DeepseekV4Config
     from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4TopKRouter
 
@@ -182,7 +182,7 @@ def main() -> int:
             log(f"compiled layer run, {name}")
 
     table = Table(
-        title=f"DeepSeek V4 Flash layer, {args.experts} of {FLASH_EXPERTS} experts, {args.tokens} tokens: NVFP4 against bf16",
+        title=f"DeepSeek V4 Flash layer, {args.experts} experts, {args.tokens} tokens: NVFP4 against bf16",
         title_justify="left",
     )
     header = (

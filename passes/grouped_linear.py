@@ -44,6 +44,11 @@ def bmm_stack_cast_weight(x: Tensor, codes: Tensor, block_scales: Tensor, global
     return torch.bmm(x, weight.to(x.dtype).transpose(1, 2))
 
 
+def bmm_stack_cast_transposed_weight(x: Tensor, codes: Tensor, block_scales: Tensor, global_scale: Tensor) -> Tensor:
+    weight = dequantize_nvfp4(codes, block_scales, global_scale, torch.float32)
+    return torch.bmm(x, weight.transpose(1, 2).to(x.dtype))
+
+
 def _inputs(*rows: int) -> Sequence[Sequence[Tensor]]:
     codes = torch.empty(*rows, _K // 2, dtype=torch.uint8)
     block_scales = torch.empty(*rows, _K // 16, dtype=torch.float8_e4m3fn)
@@ -86,6 +91,8 @@ def applies(match: Match, granularity: str) -> tuple[Any, list[Any]] | None:
         return None
     if codes.dim() == 2 and (global_scale.dim() != 0 or codes.shape[0] % rows_of_x != 0):
         return None
+    if codes.dim() == 3 and codes.shape[0] != rows_of_x:
+        return None
     options = {"groups": rows_of_x, "granularity": granularity, "out_dtype": value(product).dtype}
     return functools.partial(replacement, **options), arguments
 
@@ -93,7 +100,8 @@ def applies(match: Match, granularity: str) -> tuple[Any, list[Any]] | None:
 def build(granularity: str) -> list[Fusion]:
     """The fusions of this file for one granularity of the activation global scale."""
     check = functools.partial(applies, granularity=granularity)
+    stack = (bmm_stack, bmm_stack_cast_weight, bmm_stack_cast_transposed_weight)
     return [
         Fusion("grouped_linear", (bmm_rows, bmm_rows_cast_weight), rows_inputs, check, shared=True),
-        Fusion("grouped_linear_stack", (bmm_stack, bmm_stack_cast_weight), stack_inputs, check, shared=True),
+        Fusion("grouped_linear_stack", stack, stack_inputs, check, shared=True),
     ]

@@ -39,11 +39,19 @@ def softmax(logits: Tensor) -> Tensor:
     return F.softmax(logits, dim=-1)
 
 
+def softmax_over_columns(logits: Tensor) -> Tensor:
+    return F.softmax(logits, dim=1)
+
+
 def softmax_in_fp32(logits: Tensor) -> Tensor:
     return F.softmax(logits, dim=-1, dtype=torch.float32)
 
 
-SCORES = {"sqrtsoftplus": (sqrtsoftplus,), "sigmoid": (sigmoid,), "softmax": (softmax, softmax_in_fp32)}
+SCORES = {
+    "sqrtsoftplus": (sqrtsoftplus,),
+    "sigmoid": (sigmoid,),
+    "softmax": (softmax, softmax_over_columns, softmax_in_fp32),
+}
 
 
 @functools.lru_cache
@@ -63,6 +71,7 @@ class _Selection:
 
     ids: fx.Node
     top_k: int
+    topk: fx.Node | None = None
     bias: fx.Node | None = None
     hash_table: fx.Node | None = None
     token_ids: fx.Node | None = None
@@ -100,13 +109,16 @@ def _rewrite(graph: fx.Graph, selected: fx.Node) -> bool:
     else:
         scores = selected.args[0]
         selection = _selection(selected.args[2], scores)
+        if selection is not None and selection.topk is not None and _values(selection.topk):
+            return False  # topk's own values would stay behind, in another order than the new ids
     found = _score(scores)
     if found is None or selection is None:
         return False
     name, logits = found
     weights, normalization, eps, scale = _weights(selected)
     arguments = (logits, selection.bias, selection.hash_table, selection.token_ids, selection.top_k)
-    with graph.inserting_before(_last(graph, [selected, selection.ids])):
+    # As early as what it reads allows: ids may have readers before the gather.
+    with graph.inserting_before(selected if selection.topk is None else selection.topk):
         router = insert(graph, ROUTER, (*arguments, name, normalization, eps, scale), like=weights)
         new_weights = insert(graph, operator.getitem, (router, 0), like=weights)
         if value(weights).dtype != torch.float32:
@@ -114,18 +126,13 @@ def _rewrite(graph: fx.Graph, selected: fx.Node) -> bool:
         if selection.hash_table is None:
             new_ids = insert(graph, operator.getitem, (router, 1), like=weights)
             if value(selection.ids).dtype == torch.int64:
-                _move_readers(selection.ids, new_ids)
+                selection.ids.replace_all_uses_with(new_ids)  # a second gather too: its order must be that of the ids
     weights.replace_all_uses_with(new_weights)
     return True
 
 
-def _move_readers(old: fx.Node, new: fx.Node) -> None:
-    old.replace_all_uses_with(new, delete_user_cb=lambda user: user.target is not aten.gather.default)
-
-
-def _last(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
-    """The node behind the last of ``nodes``."""
-    return max(nodes).next
+def _values(topk: fx.Node) -> bool:
+    return any(user.target is operator.getitem and user.args[1] == 0 and user.users for user in topk.users)
 
 
 def _score(scores: fx.Node) -> tuple[str, fx.Node] | None:
@@ -158,18 +165,25 @@ def _from_topk(topk: fx.Node, scores: fx.Node) -> _Selection | None:
         return None
     chosen_by: Any = topk.args[0]
     if chosen_by is scores:
-        return _Selection(ids, topk.args[1])
+        return _Selection(ids, topk.args[1], topk)
     is_sum = chosen_by.target is aten.add.Tensor and not chosen_by.kwargs
     if is_sum and scores in chosen_by.args[:2]:
         bias = chosen_by.args[1] if chosen_by.args[0] is scores else chosen_by.args[0]
+        one_a_column = isinstance(bias, fx.Node) and same_shape(
+            [1, *value(bias).shape][-2:], [1, value(scores).shape[1]]
+        )
         while isinstance(bias, fx.Node) and bias.target in (CAST, aten.unsqueeze.default, *VIEWS):
+            if not value(bias).is_floating_point():
+                break
             bias = bias.args[0]
         if (
-            isinstance(bias, fx.Node)
+            one_a_column
+            and isinstance(bias, fx.Node)
+            and value(bias).is_floating_point()
             and value(bias).dim() == 1
             and same_shape(value(bias).shape, value(scores).shape[1:])
         ):
-            return _Selection(ids, topk.args[1], bias=bias)
+            return _Selection(ids, topk.args[1], topk, bias)
     return None
 
 
@@ -193,6 +207,10 @@ def _only_reader(node: fx.Node, wanted: Callable[[fx.Node], bool]) -> fx.Node | 
     return user if wanted(user) else None
 
 
+def _is_eps(plus: fx.Node) -> bool:
+    return isinstance(plus.args[1], float) and plus.args[1] >= 0 and not plus.kwargs
+
+
 def _divided_by_own_sum(selected: fx.Node) -> tuple[fx.Node, float] | None:
     """The quotient ``selected / (sum(selected, -1, keepdim) + eps)`` and its eps."""
     for total in selected.users:
@@ -200,7 +218,7 @@ def _divided_by_own_sum(selected: fx.Node) -> tuple[fx.Node, float] | None:
             continue
         if len(total.args) < 3 or total.args[2] is not True or total.kwargs:
             continue
-        plus = _only_reader(total, lambda user: user.target is aten.add.Tensor and isinstance(user.args[1], float))
+        plus = _only_reader(total, lambda user: user.target is aten.add.Tensor and _is_eps(user))
         divisor, eps = (plus, plus.args[1]) if plus is not None else (total, 0.0)
         quotient = _only_reader(divisor, lambda user: user.target is aten.div.Tensor)
         if quotient is not None and quotient.args[0] is selected and set(selected.users) == {total, quotient}:

@@ -31,10 +31,11 @@ def fake_quantize(x: Tensor) -> Tensor:
 def emulated(module: nn.Module) -> nn.Module:
     """A copy whose linears multiply what is left of activation and weight in NVFP4, rounded once to bf16.
 
-    So do DeepSeek V4's grouped linear and stacks of experts; routers keep their bf16 weight.
+    So do DeepSeek V4's grouped linear and stacks of experts. Routers keep their bf16 weight; their scores are computed
+    in fp32, so that no tie of bf16 decides which experts a token gets.
     """
     module = copy.deepcopy(module)
-    for child in module.modules():
+    for child in list(module.modules()):
         weight = getattr(child, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.dim() == 2 and type(child).__name__ == "Linear":
             child.forward = _emulated_linear(fake_quantize(weight), child.bias, weight.dtype)
@@ -42,7 +43,18 @@ def emulated(module: nn.Module) -> nn.Module:
             child.forward = _emulated_grouped_linear(fake_quantize(weight), child.n_groups, weight.dtype)
         elif isinstance(getattr(child, "gate_up_proj", None), nn.Parameter):
             child.forward = _emulated_experts(child)
+        if hasattr(child, "score_fn"):
+            child.score_fn = _InFp32(child.score_fn)
     return module
+
+
+class _InFp32(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x.float())
 
 
 def _emulated_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dsv4_compile.demo import CONTEXT, demo_model
-from dsv4_compile.printing import packed_part
 from dsv4_compile.quantization import quantize_
 from dsv4_compile.testing import Capture, Rewritten
 
@@ -43,7 +43,6 @@ def generate(model: Any, prompt: Tensor) -> Generated:
 
 @dataclass
 class Runs:
-    eager: Generated
     compiled: Generated
     graphs: list[Rewritten]
     graph_breaks: dict[str, int]
@@ -60,13 +59,12 @@ def runs() -> Runs:
     recorder = Capture({"gsa": "token"})
     with torch.inference_mode():
         report = quantize_(model)
-        eager = generate(model, prompt)
         torch._dynamo.reset()
         torch._dynamo.utils.counters["graph_break"].clear()
         model.forward = torch.compile(model.forward, backend=recorder, dynamic=False)
         compiled = generate(model, prompt)
     breaks = dict(torch._dynamo.utils.counters["graph_break"])
-    return Runs(eager, compiled, recorder.graphs, breaks, report.quantized)
+    return Runs(compiled, recorder.graphs, breaks, report.quantized)
 
 
 def test_every_graph_is_covered(runs: Runs) -> None:
@@ -74,8 +72,8 @@ def test_every_graph_is_covered(runs: Runs) -> None:
     assert len(runs.graphs) == 1 + (NEW_TOKENS - 1) + 1
     for graph in runs.graphs:
         assert "dsv4.dequantize_nvfp4" not in graph.after
-        read = {int(part[0]) for node in graph.graph.find_nodes(op="placeholder") if (part := packed_part(node))}
-        assert sorted(graph.bound.weights[number].name for number in read) == sorted(runs.packed)
+        assert sorted(weight.name for weight in graph.bound.weights if weight.packed is not None) == sorted(runs.packed)
+        assert len(re.findall(r"^w\d+: nvfp4", graph.after, re.MULTILINE)) == len(runs.packed)  # inputs that are read
         assert graph.counts["moe"] == 3
         assert graph.counts["grouped_linear"] == 3
 
@@ -86,9 +84,10 @@ def test_no_graph_breaks(runs: Runs) -> None:
 
 
 def test_cached_decode_is_the_uncached_forward(runs: Runs, sqnr_db: Any) -> None:
-    """A graph that kept the activation of another step, or another layer's weight, would differ as bf16 does."""
-    print("compiled", [round(sqnr_db(a, b), 1) for a, b in zip(runs.compiled.uncached, runs.compiled.cached)])
-    print("eager", [round(sqnr_db(a, b), 1) for a, b in zip(runs.eager.uncached, runs.eager.cached)])
-    print(runs.compiled.tokens, runs.compiled.uncached.argmax(-1), runs.eager.tokens, runs.eager.uncached.argmax(-1))
-    assert torch.equal(runs.compiled.tokens, runs.compiled.cached.argmax(dim=-1))
-    assert torch.equal(runs.compiled.tokens, runs.compiled.uncached.argmax(dim=-1))
+    """A graph that kept an activation of another step, or read another layer's weight, would differ as bf16 does, by
+    10 dB; on one machine the two agree in every bit, elsewhere sums may be ordered by their length."""
+    compiled = runs.compiled
+    steps = zip(compiled.uncached, compiled.cached, strict=True)
+    assert min(sqnr_db(uncached, cached) for uncached, cached in steps) >= 30
+    assert torch.equal(compiled.tokens, compiled.cached.argmax(dim=-1))
+    assert torch.equal(compiled.tokens, compiled.uncached.argmax(dim=-1))

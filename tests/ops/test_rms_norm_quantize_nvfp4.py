@@ -12,7 +12,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RMSNorm
 
 from dsv4_compile.nvfp4 import GRANULARITIES
-from dsv4_compile.ops import dequantize_nvfp4, quantize_nvfp4, rms_norm_quantize_nvfp4, rms_norm_quantize_nvfp4_with_norm
+from dsv4_compile.ops import (
+    dequantize_nvfp4,
+    quantize_nvfp4,
+    rms_norm_quantize_nvfp4,
+    rms_norm_quantize_nvfp4_with_norm,
+)
 from tests import nvfp4_oracle as oracle
 
 OPS = (torch.ops.dsv4.rms_norm_quantize_nvfp4.default, torch.ops.dsv4.rms_norm_quantize_nvfp4.with_norm)
@@ -166,9 +171,7 @@ def test_non_contiguous() -> None:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_rejects(
-    x: Tensor, weight: Tensor | None, eps: float, granularity: str, message: str, device: str
-) -> None:
+def test_rejects(x: Tensor, weight: Tensor | None, eps: float, granularity: str, message: str, device: str) -> None:
     """Guards against arguments that do not belong together, broadcast without a word."""
     weight = None if weight is None else weight.to(device)
     for op in (rms_norm_quantize_nvfp4, rms_norm_quantize_nvfp4_with_norm):

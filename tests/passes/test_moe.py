@@ -110,7 +110,9 @@ def test_deepseek_v4(implementation: str) -> None:
     module = v4_experts(implementation)
     inputs = routing()
     result, graph = capture_one(module, *inputs)
-    assert_expected_inline(graph.after, """\
+    assert_expected_inline(
+        graph.after,
+        """\
 w0: nvfp4[4, 64, 64]
 w1: nvfp4[4, 64, 32]
 x0: i64[6, 2]
@@ -118,7 +120,8 @@ x1: bf16[6, 64]
 x2: bf16[6, 2]
 %0: (u8[6, 32], f8e4m3[6, 4], f32[]) = dsv4.quantize_nvfp4(x1, 'tensor')
 %1: bf16[6, 64] = dsv4.nvfp4_moe(*%0, x0, x2, *w0, *w1, 2.0, 'after_down', 'tensor', bf16)
-return %1""")
+return %1""",
+    )
     assert graph.counts["moe"] == 1
     assert torch.equal(result, emulated(*inputs, module.gate_up_proj, module.down_proj, L))
 
@@ -164,9 +167,7 @@ def test_expert_parallel(implementation: str, experts: int, weights_dtype: torch
     assert not result[2].any()
 
 
-@pytest.mark.parametrize(
-    ("implementation", "kind"), [("grouped_mm", MixtralExperts), ("batched_mm", Qwen3MoeExperts)]
-)
+@pytest.mark.parametrize(("implementation", "kind"), [("grouped_mm", MixtralExperts), ("batched_mm", Qwen3MoeExperts)])
 def test_experts_without_clamp(implementation: str, kind: Any) -> None:
     """Guards against a limit that was never asked for, and against a match of DeepSeek's class alone."""
     if kind is MixtralExperts:
@@ -314,9 +315,7 @@ def run(steps: type[Steps], implementation: str, *, fires: bool) -> tuple[Any, A
     result, graph = capture_one(Model(steps, implementation, gate_up, down), *inputs)
     assert ("moe" in graph.counts) == ("dsv4.nvfp4_moe(" in graph.after) == fires
     assert graph.counts.get("experts_grouped", 0) + graph.counts.get("experts_gathered", 0) == 2
-    edited, unedited = (
-        getattr(kind(gate_up, down, emulate=True), implementation)(*inputs) for kind in (steps, Steps)
-    )
+    edited, unedited = (getattr(kind(gate_up, down, emulate=True), implementation)(*inputs) for kind in (steps, Steps))
     return result, edited, unedited, graph
 
 
@@ -496,11 +495,14 @@ def test_weights_of_another_shape() -> None:
     inputs = routing()
     result, graph = capture_one(Model(Steps, "grouped_mm", gate_up, down), *inputs)
     assert "moe" not in graph.counts
-    assert_expected_inline("\n".join(line for line in graph.after.splitlines() if "dsv4." in line), """\
+    assert_expected_inline(
+        "\n".join(line for line in graph.after.splitlines() if "dsv4." in line),
+        """\
 %9: (u8[12, 32], f8e4m3[12, 4], f32[]) = dsv4.quantize_nvfp4(%3, 'tensor')
 %10: bf16[12, 64] = dsv4.nvfp4_grouped_mm(*%9, *w0, %8, bf16)
 %12: (u8[12, 16], f8e4m3[12, 2], f32[]) = dsv4.swiglu_quantize_nvfp4(%11[0], %11[1], 2.0, 'tensor')
-%13: bf16[12, 128] = dsv4.nvfp4_grouped_mm(*%12, *w1, %8, bf16)""")
+%13: bf16[12, 128] = dsv4.nvfp4_grouped_mm(*%12, *w1, %8, bf16)""",
+    )
     assert sqnr_db(result, Steps(gate_up, down, emulate=True).grouped_mm(*inputs)) > SAME_DB
 
 

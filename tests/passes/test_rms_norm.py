@@ -91,7 +91,16 @@ def test_weighted(form: str, weight_dtype: torch.dtype) -> None:
         pytest.skip("the norm would be fp32, or the call be refused")
     x, weight, linear = inputs(weight_dtype)
     result, graph = capture_one(Model(FORMS[form], weight, linear), x)
-    assert_expected_inline(graph.after.replace("x0: f32[64]", "x0: bf16[64]"), """""")
+    assert_expected_inline(
+        graph.after.replace("x0: f32[64]", "x0: bf16[64]"),
+        """\
+w0: nvfp4[32, 64]
+x0: bf16[64]
+x1: bf16[8, 64]
+%0: (u8[8, 32], f8e4m3[8, 4], f32[]) = dsv4.rms_norm_quantize_nvfp4(x1, x0, 0.25, 'tensor')
+%1: bf16[8, 32] = dsv4.nvfp4_mm(*%0, *[w0], None, bf16)
+return %1""",
+    )
     assert graph.counts == {"linear": 1, "rms_norm": 1}
     assert_close(result, product(normalized(x, weight), linear))
 
@@ -102,7 +111,22 @@ def test_unweighted(form: str) -> None:
     x, weight, linear = inputs()
     norm = (lambda x, _: in_fp32(x).to(x.dtype)) if form == "no weight" else (lambda x, _: F.rms_norm(x, (K,), eps=EPS))
     result, graph = capture_one(Model(norm, weight, linear), x)
-    assert_expected_inline(graph.after, """""")
+    assert_expected_inline(
+        graph.after,
+        """\
+w0: nvfp4[32, 64]
+x0: bf16[8, 64]
+%0: f32[8, 64] = prims.convert_element_type(x0, f32)
+%1: f32[8, 64] = aten.pow(%0, 2)
+%2: f32[8, 1] = aten.mean(%1, [1], True)
+%3: f32[8, 1] = aten.add(%2, 0.25)
+%4: f32[8, 1] = aten.rsqrt(%3)
+%5: f32[8, 64] = aten.mul(%0, %4)
+%6: bf16[8, 64] = prims.convert_element_type(%5, bf16)
+%7: (u8[8, 32], f8e4m3[8, 4], f32[]) = dsv4.quantize_nvfp4(%6, 'tensor')
+%8: bf16[8, 32] = dsv4.nvfp4_mm(*%7, *[w0], None, bf16)
+return %8""",
+    )
     assert graph.counts == {"linear": 1, "rms_norm_unweighted": 1}
     assert_close(result, product(normalized(x, None), linear))
 
@@ -137,7 +161,17 @@ def test_second_reader() -> None:
 
     model = Model(FORMS["DeepSeek V4"], weight, linear)
     (result, residual), graph = capture_one(forward, x)
-    assert_expected_inline(graph.after, """""")
+    assert_expected_inline(
+        graph.after,
+        """\
+w0: nvfp4[32, 64]
+x0: f32[64]
+x1: bf16[8, 64]
+%0: (bf16[8, 64], u8[8, 32], f8e4m3[8, 4], f32[]) = dsv4.rms_norm_quantize_nvfp4(x1, x0, 0.25, 'tensor')
+%1: bf16[8, 32] = dsv4.nvfp4_mm(%0[1], %0[2], %0[3], *[w0], None, bf16)
+%2: bf16[8, 64] = aten.add(%0[0], x1)
+return %1, %2""",
+    )
     assert graph.counts == {"linear": 1, "rms_norm_kept": 1}
     assert_close(result, product(normalized(x, weight), linear))
     torch.testing.assert_close(residual, normalized(x, weight) + x)
@@ -243,8 +277,18 @@ def test_fp32_result_of_a_bf16_input() -> None:
     linear = torch.randn(N, K)
     norm: Callable[..., Tensor] = lambda x, w: w * in_fp32(x)  # noqa: E731
     result, graph = capture_one(Model(norm, weight, linear), x, options={"include": ["linear"]})
-    assert_expected_inline(graph.after, """""")
-    assert graph.counts == {"linear": 1}
+    assert_expected_inline(
+        graph.after,
+        """\
+w0: nvfp4[32, 64]
+x0: f32[64]
+x1: bf16[8, 64]
+%0: f32[8, 64] = prims.convert_element_type(x1, f32)
+%1: (u8[8, 32], f8e4m3[8, 4], f32[]) = dsv4.rms_norm_quantize_nvfp4(%0, x0, 0.25, 'tensor')
+%2: f32[8, 32] = dsv4.nvfp4_mm(*%1, *[w0], None, f32)
+return %2""",
+    )
+    assert graph.counts == {"linear": 1, "rms_norm": 1}
     assert_close(result, product(norm(x, weight), linear))
 
 
@@ -252,5 +296,22 @@ def test_sum_instead_of_mean() -> None:
     """Guards against taking a sum for a mean; the graph is what it was but for the product."""
     x, weight, linear = inputs()
     _, graph = capture_one(Model(EDITS["sum"], weight, linear), x)
-    assert_expected_inline(graph.after, """""")
+    assert_expected_inline(
+        graph.after,
+        """\
+w0: nvfp4[32, 64]
+x0: f32[64]
+x1: bf16[8, 64]
+%0: f32[8, 64] = prims.convert_element_type(x1, f32)
+%1: f32[8, 64] = aten.pow(%0, 2)
+%2: f32[8, 1] = aten.sum(%1, [-1], True)
+%3: f32[8, 1] = aten.add(%2, 0.25)
+%4: f32[8, 1] = aten.rsqrt(%3)
+%5: f32[8, 64] = aten.mul(%0, %4)
+%6: f32[8, 64] = aten.mul(x0, %5)
+%7: bf16[8, 64] = prims.convert_element_type(%6, bf16)
+%8: (u8[8, 32], f8e4m3[8, 4], f32[]) = dsv4.quantize_nvfp4(%7, 'tensor')
+%9: bf16[8, 32] = dsv4.nvfp4_mm(*%8, *[w0], None, bf16)
+return %9""",
+    )
     assert graph.counts == {"linear": 1}

@@ -223,16 +223,32 @@ return %1, %4""",
     )
 
 
-def test_quantisation_in_user_code_is_left_alone() -> None:
-    """Guards against taking away a quantisation that something other than a product reads."""
+def test_quantisation_that_something_else_reads() -> None:
+    """Guards against giving codes and scales the shape of the activation where those of a view were asked for."""
 
     def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        codes, _, global_scale = torch.ops.dsv4.quantize_nvfp4(x.view(8, K), "tensor")
+        codes, _, global_scale = torch.ops.dsv4.quantize_nvfp4(x.view(8, K), self.granularity)
         return F.linear(x, self.w0), codes, global_scale
 
     (w,) = weights(1)
     x = activation(2, 4, K)
-    result, graph = capture_one(Model(forward, w), x)
+    for granularity in nvfp4.GRANULARITIES:
+        model = Model(forward, w)
+        model.granularity = granularity
+        result, graph = capture_one(model, x, options={"gsa": granularity})
+        assert graph.after.count("dsv4.quantize_nvfp4(") == 1
+        codes, _, global_scale = nvfp4.quantize(x.view(8, K), granularity)
+        assert torch.equal(result[0], product(x, w, granularity))
+        assert torch.equal(result[1], codes)
+        assert torch.equal(result[2], global_scale)
+
+
+def test_quantisations_of_two_granularities() -> None:
+    """Guards against a product that reads a quantisation with another global scale than its own."""
+    (w,) = weights(1)
+    model = Model(lambda self, x: (F.linear(x, self.w0), torch.ops.dsv4.quantize_nvfp4(x, "token")[2]), w)
+    x = activation(8, K)
+    result, graph = capture_one(model, x)
     assert graph.after.count("dsv4.quantize_nvfp4(") == 2
     assert torch.equal(result[0], product(x, w))
-    assert torch.equal(result[1], nvfp4.quantize(x.view(8, K))[0])
+    assert torch.equal(result[1], nvfp4.quantize(x, "token")[2])

@@ -488,9 +488,12 @@ def test_up_that_broadcasts() -> None:
 def test_operands_broadcast_by_a_minimum() -> None:
     """Guards against walking back over a minimum that changed the shape: one row would be quantised, not eight."""
     gate, up = gate_and_up()
-    limit = torch.full((M, 1), L, dtype=torch.bfloat16)
+    limit = (M, 1), L
     model, weight = down(
-        lambda g, u: F.silu(torch.minimum(g, torch.full((M, 1), L)).bfloat16()) * torch.minimum(u, limit).clamp(-L, L)
+        lambda g, u: (
+            F.silu(torch.minimum(g, torch.full(*limit)).bfloat16())
+            * torch.minimum(u, torch.full(*limit)).bfloat16().clamp(min=-L)
+        )
     )
     result, _ = capture_one(model, gate[:1], up[:1])
     assert torch.equal(result, product(nvfp4.swiglu(gate[:1], up[:1], L).expand(M, K), weight))
