@@ -91,7 +91,8 @@ def main() -> None:
                 for state in ("cold", "warm"):
                     samples.setdefault(f"{backend} {state}", []).append(run_child(backend, Path(cache)))
     figures = {
-        name: {key: statistics.median(sample[key] for sample in rows) for key in rows[0]} for name, rows in samples.items()
+        name: {key: statistics.median(sample[key] for sample in rows) for key in rows[0]}
+        for name, rows in samples.items()
     }
 
     table = Table(title=f"Compile time of the demo model, torch {torch.__version__}", title_justify="left")

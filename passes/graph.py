@@ -25,7 +25,9 @@ from torch._inductor.pattern_matcher import (
     fwd_only,
     fx_to_pattern,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._python_dispatch import _disable_current_modes
 
 aten = torch.ops.aten
 dsv4 = torch.ops.dsv4
@@ -103,7 +105,7 @@ class Fusion:
         """Traces the patterns and returns the pass: a function of a graph that returns its number of rewrites."""
         matcher = PatternMatcherPass(pass_name=self.name)
         for function in self.patterns:
-            for pattern in trace_patterns(function, self.example_inputs(), self.scalars, self.shared):
+            for pattern in trace_patterns(function, self.example_inputs, self.scalars, self.shared):
                 entry = GraphPatternEntry(pattern=pattern, extra_check=self._is_exact, handler=self._rewrite)
                 entry.register(matcher)
 
@@ -125,7 +127,7 @@ class Fusion:
         match.replace_by_example(replacement, arguments)
 
 
-# Arguments that are sizes or dimensions, by position: they are those of the example and bind nothing; ``applies`` looks at shapes.
+# Arguments that are sizes or dimensions, by position: those of the example bind nothing, ``applies`` looks at shapes.
 _SIZE_ARGUMENTS = {
     **dict.fromkeys(VIEWS, (1,)),
     aten.expand.default: (1,),
@@ -141,14 +143,17 @@ _SIZE_ARGUMENTS = {
 
 def trace_patterns(
     function: Callable[..., Any],
-    example_inputs: Sequence[Sequence[Tensor]],
+    example_inputs: Callable[[], Sequence[Sequence[Tensor]]],
     scalars: Mapping[str, float] | None = None,
     shared: bool = False,
 ) -> list[PatternExpr]:
     """The patterns of a function: one for each way in which it traces with the example inputs."""
     patterns: dict[str, PatternExpr] = {}
-    for inputs in example_inputs:
-        traced = _trace(function, inputs, scalars or {})
+    # In a fake mode of our own: with real tensors an operator would run, on uninitialised ids, say; and the mode that
+    # is active while Inductor compiles is not ours to mix with.
+    with _disable_current_modes(), torch._guards.tracing(None), FakeTensorMode():
+        graphs = [_trace(function, inputs, scalars or {}) for inputs in example_inputs()]
+    for traced in graphs:
         text = re.sub(r"torch\.(bfloat16|float16|float32)", "dtype", str(traced.graph))
         if text not in patterns:
             patterns[text] = pattern = _pattern(traced, function, scalars or {})

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,14 +54,17 @@ SCORES = {
 }
 
 
+def _score_inputs() -> Sequence[Sequence[Tensor]]:
+    return [(torch.empty(7, 5, dtype=dtype),) for dtype in (torch.bfloat16, torch.float32)]
+
+
 @functools.lru_cache
 def _score_patterns() -> tuple[tuple[str, PatternExpr], ...]:
-    inputs = [(torch.empty(7, 5, dtype=dtype),) for dtype in (torch.bfloat16, torch.float32)]
     return tuple(
         (name, pattern)
         for name, functions in SCORES.items()
         for function in functions
-        for pattern in trace_patterns(function, inputs, shared=True)
+        for pattern in trace_patterns(function, _score_inputs, shared=True)
     )
 
 
