@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dynamo.guards import GuardBuilder
-from torch._dynamo.source import LocalSource
+from torch._dynamo.source import LocalSource, UnspecializedNNModuleSource
 from torch._guards import ChainedSource, TracingContext
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -86,13 +86,13 @@ def bind_weights(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
     left_alone: list[Weight] = []
     operands: dict[fx.Node, Parts] = {}
     kinds: dict[fx.Node, Kind] = {}
-    for index, (node, value) in enumerate(
-        zip(bound.gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
-    ):
+    placeholders = bound.gm.graph.find_nodes(op="placeholder")
+    names = [parameter_name(node) for node in placeholders]
+    for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
         packed = value if isinstance(value, Nvfp4Tensor) else None
-        name = parameter_name(node)
+        name = names[index]
         if packed is None and isinstance(value, torch.nn.Parameter) and value.dim() in (2, 3):
-            reason, eligible = _reason_to_leave(bound.gm, node, name, value, options)
+            reason, eligible = _reason_to_leave(bound.gm, node, name, value, options, names)
             if reason:
                 left_alone.append(Weight(name, tuple(value.shape), None, reason, eligible))
             else:
@@ -130,8 +130,10 @@ def _guard_identity(placeholders: Iterable[fx.Node]) -> None:
             continue
         guards = context.guards_context.dynamo_guards
         guards.add(source.make_guard(GuardBuilder.ID_MATCH))
-        if isinstance(source, ChainedSource) and isinstance(root := source.get_base(), LocalSource):
-            guards.add(root.make_guard(GuardBuilder.ID_MATCH))
+        while isinstance(source, ChainedSource):
+            if isinstance(source, UnspecializedNNModuleSource) and isinstance(source.base, LocalSource):
+                guards.add(source.base.make_guard(GuardBuilder.ID_MATCH))
+            source = source.base
 
 
 def parameter_name(placeholder: fx.Node) -> str:
@@ -323,12 +325,12 @@ _VIEWS = {"view", "reshape", "transpose", "permute", "getitem", "contiguous", "f
 
 
 def _reason_to_leave(
-    gm: fx.GraphModule, node: fx.Node, name: str, weight: Tensor, options: Options
+    gm: fx.GraphModule, node: fx.Node, name: str, weight: Tensor, options: Options, names: Sequence[str]
 ) -> tuple[str, bool]:
     """Why a plain weight is left alone, "" when it is not; and whether an NVFP4 operator could read it all the same."""
     if not options.quantize_weights:
         return "plain weight, and quantize_weights is off", False
-    if (reason := ineligible_reason(name, weight, options.include, options.exclude)) is not None:
+    if (reason := ineligible_reason(name, weight, options.include, options.exclude, names)) is not None:
         return reason, False
     for reader, reads_as_linear in _readers(gm, node, transposed=False):
         if not reads_as_linear:

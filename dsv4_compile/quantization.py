@@ -33,7 +33,15 @@ def matching_pattern(name: str, patterns: Iterable[str]) -> str | None:
     return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
 
 
-def ineligible_reason(name: str, weight: Tensor, include: Iterable[str] | None, exclude: Iterable[str]) -> str | None:
+def is_router(name: str, names: Iterable[str]) -> bool:
+    """Whether a parameter is the gate of a mixture of experts: ``gate.weight`` next to ``experts``, whatever is above."""
+    block, found, rest = name.rpartition("gate.weight")
+    return found != "" and rest == "" and any(other.startswith(f"{block}experts") for other in names)
+
+
+def ineligible_reason(
+    name: str, weight: Tensor, include: Iterable[str] | None, exclude: Iterable[str], names: Iterable[str] = ()
+) -> str | None:
     """Why a parameter is not quantised, or None when it is.
 
     Args:
@@ -41,11 +49,14 @@ def ineligible_reason(name: str, weight: Tensor, include: Iterable[str] | None, 
         weight: the parameter.
         include: patterns asked for by name, which also admits fp32 weights; None for every eligible one.
         exclude: patterns left alone.
+        names: of the model's parameters, by which a router is known.
     """
     if include is not None and matching_pattern(name, include) is None:
         return "not included"
     if (pattern := matching_pattern(name, exclude)) is not None:
         return f"excluded by {pattern!r}"
+    if include is None and exclude and is_router(name, names):
+        return "router: it stands next to experts"
     if weight.dim() not in (2, 3):
         return f"{weight.dim()}-D"
     if weight.dtype not in (torch.bfloat16, torch.float16) and not (
@@ -157,7 +168,7 @@ def _skip_reason(
     owners = [_owner(model, other)[0] for other, value in parameters.items() if value is weight]
     if include is None and any(isinstance(module, nn.Embedding) for module in owners):
         return "embedding, or tied to one"
-    return ineligible_reason(name, weight, include, exclude)
+    return ineligible_reason(name, weight, include, exclude, parameters)
 
 
 def flatten_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -24,8 +24,9 @@ def apply(graph: fx.Graph) -> int:
     """Runs the pass; returns the number of products that were merged into another."""
     groups: dict[Any, list[fx.Node]] = {}
     for node in calls(graph, MM):
+        lists: Any = node.args[3:6]
         bias, out_dtype = node.args[6:]
-        weights = [*node.args[3], *node.args[4], *node.args[5], *([bias] if bias is not None else [])]
+        weights = [*lists[0], *lists[1], *lists[2], *([bias] if bias is not None else [])]
         if _all_inputs(weights) and not _is_returned(node):
             groups.setdefault((*node.args[:3], bias is None, out_dtype), []).append(node)
     merged = [group for group in groups.values() if len(group) > 1]

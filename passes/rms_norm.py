@@ -28,6 +28,12 @@ def _normalized(x: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
 
+def _normalized_by_function(x: Tensor, eps: float) -> Tensor:
+    """The steps of ``F.rms_norm``, which adds a scalar where a number is added to a tensor above."""
+    x = x.float()
+    return x * torch.rsqrt(torch.ops.aten.add.Scalar(x.pow(2).mean(-1, keepdim=True), eps))
+
+
 def weight_in_fp32(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (weight * _normalized(x, eps)).to(x.dtype)
 
@@ -42,6 +48,14 @@ def weight_after_rounding(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def no_weight(x: Tensor, eps: float) -> Tensor:
     return _normalized(x, eps).to(x.dtype)
+
+
+def function(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return (_normalized_by_function(x, eps) * weight).to(x.dtype)
+
+
+def function_without_weight(x: Tensor, eps: float) -> Tensor:
+    return _normalized_by_function(x, eps).to(x.dtype)
 
 
 def weighted_inputs() -> Sequence[Sequence[Tensor]]:
@@ -62,7 +76,7 @@ def _quantized(norm: Callable[..., Tensor], granularity: str, keep: bool) -> Cal
         result = norm(x, eps)
         return (result, *quantize_nvfp4(result, granularity)) if keep else quantize_nvfp4(result, granularity)
 
-    return unweighted if norm is no_weight else weighted
+    return unweighted if norm in (no_weight, function_without_weight) else weighted
 
 
 def replacement(x: Tensor, weight: Tensor | None = None, *, eps: float, granularity: str, keep: bool) -> Any:
@@ -77,7 +91,7 @@ def applies(match: Match, granularity: str, keep: bool) -> tuple[Any, list[Any]]
     if value(norm).dtype != value(x).dtype or value(norm).dim() != value(x).dim():
         return None
     for node in match.nodes:
-        if node.target is torch.ops.aten.mean.dim and [dim % value(x).dim() for dim in node.args[1]] != [  # type: ignore[union-attr, operator]
+        if node.target is torch.ops.aten.mean.dim and [dim % value(x).dim() for dim in node.args[1]] != [
             value(x).dim() - 1
         ]:
             return None
@@ -93,8 +107,8 @@ def applies(match: Match, granularity: str, keep: bool) -> tuple[Any, list[Any]]
 def build(granularity: str) -> list[Fusion]:
     """The fusions of this file, those for a norm with other readers last."""
     forms = (
-        ((weight_in_fp32, weight_last, weight_after_rounding), weighted_inputs),
-        ((no_weight,), unweighted_inputs),
+        ((weight_in_fp32, weight_last, weight_after_rounding, function), weighted_inputs),
+        ((no_weight, function_without_weight), unweighted_inputs),
     )
     return [
         Fusion(

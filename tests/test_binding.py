@@ -394,6 +394,27 @@ def test_weight_as_an_argument(packed: bool) -> None:
             assert torch.equal(compiled(x, layer.weight), product(x, layer.weight))
 
 
+def test_weights_in_a_new_dict_each_time() -> None:
+    """Guards against compiling again because something around the weights is another object."""
+    layer, x = linear(), activation()
+    compiled, graphs = compile_recording(lambda x, weights: F.linear(x, weights["w"]))
+    with torch.inference_mode():
+        for _ in range(3):
+            assert torch.equal(compiled(x, {"w": layer.weight}), product(x, layer.weight))
+    assert len(graphs) == 1
+
+
+def test_packed_after_the_first_call() -> None:
+    """Guards against code for plain weights going on after quantize_ has replaced them."""
+    model, x = linear(), activation()
+    compiled, graphs = compile_recording(model, options={"quantize_weights": False})
+    with torch.inference_mode():
+        assert torch.equal(compiled(x), F.linear(x, model.weight))
+        quantize_(model)
+        assert torch.equal(compiled(x), product(x, model.weight))
+    assert len(graphs) == 2
+
+
 def test_without_guards_another_weight_is_an_error() -> None:
     """Guards against the wrong weights where the user has switched off what makes Dynamo compile again."""
     model, x = linear(), activation()

@@ -410,3 +410,19 @@ def test_include_asks_for_what_is_left_alone_by_default() -> None:
     assert torch.equal(rows[0], model["embed"].weight.dequantize()[3])
     excluded = nn.ModuleDict({"lm_head": nn.Linear(32, 48)}).bfloat16()
     assert quantize_(excluded, include=["*"], exclude=["lm_head*"]).quantized == []
+
+
+def test_router_is_known_by_the_experts_next_to_it() -> None:
+    """A mixture of experts packed on its own calls its router ``gate.weight``, as an MLP may call its first linear: the
+    router was packed, and other experts answered."""
+
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(32, 4, bias=False)
+            self.experts = nn.ModuleList(nn.Linear(32, 32, bias=False) for _ in range(4))
+
+    report = quantize_(Mixture().bfloat16())
+    assert report.skipped == {"gate.weight": "router: it stands next to experts"}
+    mlp = nn.ModuleDict({"gate": nn.Linear(32, 64, bias=False), "up": nn.Linear(32, 64, bias=False)}).bfloat16()
+    assert quantize_(mlp).quantized == ["gate.weight", "up.weight"]

@@ -252,3 +252,26 @@ def test_quantisations_of_two_granularities() -> None:
     assert graph.after.count("dsv4.quantize_nvfp4(") == 2
     assert torch.equal(result[0], product(x, w))
     assert torch.equal(result[1], nvfp4.quantize(x, "token")[2])
+
+
+def experts_and_linear(self: Any, x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    return F.linear(x, self.w0), torch._grouped_mm(x.view(8, K), self.w1.transpose(1, 2), offsets)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "token"])
+def test_experts_read_the_quantisation_of_a_linear(granularity: str) -> None:
+    """Guards against quantising rows once for a linear and once for experts, which read them through a view."""
+    w = weights(1)[0], torch.randn(2, N, K, dtype=torch.bfloat16)
+    x, offsets = activation(2, 4, K), torch.tensor([3, 8], dtype=torch.int32)
+    result, graph = capture_one(Model(experts_and_linear, *w), x, offsets, options={**APART, "gsa": granularity})
+    assert graph.after.count("dsv4.quantize_nvfp4(") == 1
+    # Experts keep their own quantisation until they have been recognised: only the second run takes it away.
+    assert graph.counts.get("share_quantization", 0) == 1  # the linear's view in front
+    assert graph.counts["share_quantization_of_experts"] == 1
+    assert torch.equal(result[0], product(x, w[0], granularity))
+    a, b = nvfp4.quantize(x.view(8, K), granularity), nvfp4.quantize_weight(w[1])
+    ids = torch.tensor([0] * 3 + [1] * 5)
+    left, right = (nvfp4.scaled_codes(*packed[:2], torch.float64) for packed in (a, b))
+    total = torch.einsum("sk,snk->sn", left, right[ids]).float()
+    gsa = a[2].unsqueeze(-1) if granularity == "token" else a[2]
+    assert torch.equal(result[1], (total * (gsa * b[2][ids].unsqueeze(-1))).bfloat16())
