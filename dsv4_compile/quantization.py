@@ -34,7 +34,7 @@ def matching_pattern(name: str, patterns: Iterable[str]) -> str | None:
 
 
 def is_router(name: str, names: Iterable[str]) -> bool:
-    """Whether a parameter is the gate of a mixture of experts: ``gate.weight`` next to ``experts``, whatever is above."""
+    """Whether a parameter is the gate of a mixture of experts: ``gate.weight`` with ``experts`` next to it."""
     block, found, rest = name.rpartition("gate.weight")
     return found != "" and rest == "" and any(other.startswith(f"{block}experts") for other in names)
 

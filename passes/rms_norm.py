@@ -18,7 +18,7 @@ from torch._inductor.pattern_matcher import Match
 
 from dsv4_compile.ops.quantize_nvfp4 import quantize_nvfp4
 from dsv4_compile.ops.rms_norm_quantize_nvfp4 import rms_norm_quantize_nvfp4, rms_norm_quantize_nvfp4_with_norm
-from dsv4_compile.passes.graph import Fusion, value
+from dsv4_compile.passes.graph import CAST, Fusion, value
 
 _EPS = 3.25e-6
 
@@ -90,10 +90,11 @@ def applies(match: Match, granularity: str, keep: bool) -> tuple[Any, list[Any]]
     norm = next(node for node in match.nodes if node.target is torch.ops.dsv4.quantize_nvfp4.default).args[0]
     if value(norm).dtype != value(x).dtype or value(norm).dim() != value(x).dim():
         return None
+    last = value(x).dim() - 1
     for node in match.nodes:
-        if node.target is torch.ops.aten.mean.dim and [dim % value(x).dim() for dim in node.args[1]] != [
-            value(x).dim() - 1
-        ]:
+        if node.target is torch.ops.aten.mean.dim and [dim % (last + 1) for dim in node.args[1]] != [last]:
+            return None
+        if node.target is CAST and node.args[0] is x and value(node).dtype != torch.float32:
             return None
     eps = match.kwargs["eps"]
     if not isinstance(eps, (int, float)) or eps < 0:
