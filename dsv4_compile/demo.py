@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from typing import Any
 
 import torch
@@ -90,6 +91,7 @@ def sqnr_db(reference: Tensor, other: Tensor) -> float:
 def run_demo(console: Console, gsa: str = "tensor", num_tokens: int = 8) -> None:
     """Prints the tables, one expert's graph before and after, generated tokens and how to go on."""
     logging.getLogger("dsv4_compile").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="(?s).*functools.lru_cache", module="torch._dynamo")  # transformers' own
     started = time.perf_counter()
     model = demo_model()
     prompt = torch.randint(0, model.config.vocab_size, (1, CONTEXT))
@@ -140,8 +142,11 @@ def _show_expert(console: Console, expert: nn.Module, options: dict[str, Any]) -
 
 
 _HOW_TO_GO_ON = """\
-model = AutoModelForCausalLM.from_pretrained(...)            your model, unchanged
-torch.compile(model, backend="dsv4", mode="reduce-overhead")  pack its weights at compile time and run it
-dsv4_compile.quantize_(model)                                 or pack them before, and free the bf16 originals
-print(dsv4_compile.explain(model, input_ids))                 what runs as NVFP4, and why the rest does not
-dsv4-compile explain path/to/config.json --layers 4           the same for a full-size model, with no memory"""
+Your own model, unchanged; its weights are packed when it is compiled:
+  torch.compile(model, backend="dsv4", mode="reduce-overhead")
+Packed before, which frees the bf16 originals:
+  dsv4_compile.quantize_(model)
+What runs as NVFP4, and why the rest does not:
+  print(dsv4_compile.explain(model, input_ids))
+The same for a full-size model, from its config alone:
+  dsv4-compile explain path/to/config.json --layers 4"""

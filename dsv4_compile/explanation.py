@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,13 +12,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from dsv4_compile.backend import compile_bound, prepare
 from dsv4_compile.binding import INVOKE_SUBGRAPH, BoundGraph, Weight, runner
 from dsv4_compile.options import Options
 from dsv4_compile.passes.graph import DEQUANTIZE, GROUPED_MM, MM, MOE, QUANTIZE, SWIGLU_QUANTIZE, VIEWS
 from dsv4_compile.printing import packed_part
+from dsv4_compile.quantization import ineligible_reason
+from dsv4_compile.tensor import Nvfp4Tensor
 
 RMS_NORM_QUANTIZE = torch.ops.dsv4.rms_norm_quantize_nvfp4.default
 RMS_NORM_QUANTIZE_WITH_NORM = torch.ops.dsv4.rms_norm_quantize_nvfp4.with_norm
@@ -100,6 +104,12 @@ class Explanation:
         eligible = sum(region.num_bytes for region in self.eligible)
         return sum(region.num_bytes for region in self.covered) / eligible if eligible else 1.0
 
+    @property
+    def quantizations_per_layer(self) -> dict[str, int]:
+        """Number of quantised activations by layer, ``model.layers.0`` for one; "" for those outside of layers."""
+        layers = [re.match(r"(.*?\blayers\.\d+)\.", (*activation.readers, "")[0]) for activation in self.activations]
+        return dict(Counter(layer[1] if layer else "" for layer in layers))
+
     def table(self) -> Table:
         """The regions as a rich table."""
         table = Table(title="Regions", title_justify="left")
@@ -126,11 +136,13 @@ class Explanation:
     def summary(self) -> str:
         """Totals in one line."""
         covered, eligible = self.covered, self.eligible
+        per_layer = [count for layer, count in self.quantizations_per_layer.items() if layer]
+        spread = f" ({min(per_layer)} to {max(per_layer)} a layer)" if per_layer else ""
         mib = [sum(region.num_bytes for region in regions) / 2**20 for regions in (covered, eligible, self.regions)]
         return (
             f"{len(covered)} of {len(eligible)} eligible weights ({self.covered_fraction:.1%} of {mib[1]:.1f} MiB in "
             f"bf16) run through NVFP4 operators; {len(self.regions) - len(eligible)} weights ({mib[2] - mib[1]:.1f} "
-            f"MiB) left alone; {len(self.activations)} quantisations, {self.graphs} graphs, "
+            f"MiB) left alone; {len(self.activations)} quantisations{spread}, {self.graphs} graphs, "
             f"{len(self.graph_breaks)} graph breaks"
         )
 
@@ -198,7 +210,23 @@ def explain(
         if count > breaks_before.get(reason, 0):
             explanation.graph_breaks.append(reason)
     torch._dynamo.reset()
+    if isinstance(model, nn.Module):
+        _add_unseen(explanation, model, parsed)
     return explanation
+
+
+def _add_unseen(explanation: Explanation, model: nn.Module, options: Options) -> None:
+    """Lists the weights that no graph reads: what stands in a frame that Dynamo gave up on runs eagerly."""
+    parameters = dict(model.named_parameters())
+    seen = {region.module for region in explanation.regions}
+    for name, weight in parameters.items():
+        if name in seen or weight.dim() not in (2, 3):
+            continue
+        packed = weight if isinstance(weight, Nvfp4Tensor) else None
+        excluded = ineligible_reason(name, weight, options.include, options.exclude, parameters)
+        reason = "in no graph: what reads it was not compiled, or did not run"
+        unseen = Weight(name, tuple(weight.shape), packed, reason, packed is not None or excluded is None)
+        explanation.regions.append(_region(unseen, "", reason))
 
 
 class _Recorder:

@@ -9,9 +9,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx
+from torch._inductor import pattern_matcher
 from torch._inductor.pattern_matcher import (
     MULTIPLE,
     CallFunction,
@@ -110,7 +112,10 @@ class Fusion:
                 entry.register(matcher)
 
         def apply(graph: fx.Graph) -> int:
-            count: int = matcher.apply(graph)
+            # The matcher passes over nodes that Inductor cannot generate code for, those on the meta device among them,
+            # on which explain looks at models without allocating them.
+            with mock.patch.object(pattern_matcher, "fallback_node_due_to_unsupported_type", return_value=False):
+                count: int = matcher.apply(graph)
             if count:  # what a rewrite leaves behind would read the inputs of the next one
                 graph.eliminate_dead_code()
             return count
