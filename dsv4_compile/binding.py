@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.source import LocalSource, UnspecializedNNModuleSource
-from torch._guards import ChainedSource, TracingContext
+from torch._guards import ChainedSource, Guard, Source, TracingContext
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dsv4_compile.options import Options
@@ -121,7 +121,8 @@ def _guard_identity(placeholders: Iterable[fx.Node]) -> None:
 
     Dynamo guards a parameter's shape and dtype only, so the code of one layer would serve all layers of its class, and
     a weight that was replaced (``load_state_dict(assign=True)``) would go unnoticed. The guard on the module makes
-    Dynamo count recompiles for each module by itself.
+    Dynamo count recompiles for each module by itself. Dynamo's five guards on the parts of a packed weight go: what
+    they ask holds of the same object, and :func:`runner` looks at its codes.
     """
     context = TracingContext.try_get()
     for node in placeholders:
@@ -129,11 +130,24 @@ def _guard_identity(placeholders: Iterable[fx.Node]) -> None:
         if context is None or source is None:
             continue
         guards = context.guards_context.dynamo_guards
+        guards.inner -= {guard for guard in guards.inner if _is_of_parts(guard, source)}
         guards.add(source.make_guard(GuardBuilder.ID_MATCH))
         while isinstance(source, ChainedSource):
             if isinstance(source, UnspecializedNNModuleSource) and isinstance(source.base, LocalSource):
                 guards.add(source.base.make_guard(GuardBuilder.ID_MATCH))
             source = source.base
+
+
+def _is_of_parts(guard: Guard, weight: Source) -> bool:
+    """Whether a guard asks about the parts of a packed weight, or about how it is made of them."""
+    source = guard.originating_source
+    if source == weight:
+        return guard.create_fn_name() == "TENSOR_SUBCLASS_METADATA_MATCH"
+    while isinstance(source, ChainedSource):
+        source = source.base
+        if source == weight:
+            return True
+    return False
 
 
 def parameter_name(placeholder: fx.Node) -> str:
@@ -272,7 +286,8 @@ def runner(compiled: Callable[..., Any], bound: BoundGraph) -> Callable[..., Any
 
     A plain parameter that was packed at compile time and is written to in place afterwards (``load_state_dict``,
     an optimiser) is packed again, into the same buffers, before the next call. Reading the version counters costs
-    0.05 us a weight. Writing through ``.data`` or to a parameter made under inference_mode moves no counter.
+    0.05 us a weight. Writing through ``.data`` or to a parameter made under inference_mode moves no counter. A packed
+    weight that was given other parts gets its own back, with the others' values.
 
     Raises:
         RuntimeError: when called with other weights than the compiled code holds, which only happens where
@@ -281,6 +296,10 @@ def runner(compiled: Callable[..., Any], bound: BoundGraph) -> Callable[..., Any
     select = _selector(bound.kept)
     select_weights = _selector(bound.replaced)
     weights = tuple(bound.replaced.values())
+    packed_weights = [weight for weight in weights if isinstance(weight, Nvfp4Tensor)]
+    read_codes = operator.attrgetter("codes")
+    parts = [(weight.codes, weight.block_scales, weight.global_scale) for weight in packed_weights]
+    codes = [bound_parts[0] for bound_parts in parts]
     plain_weights = [plain for plain in bound.packed_here if not plain.is_inference()]
     read_version = operator.attrgetter("_version")
     versions = list(map(read_version, plain_weights))
@@ -293,6 +312,9 @@ def runner(compiled: Callable[..., Any], bound: BoundGraph) -> Callable[..., Any
                 "again: leave out guard_filter_fn, or do not replace weights, nor share one compiled code object "
                 "between layers"
             )
+        if any(map(operator.is_not, map(read_codes, packed_weights), codes)):
+            for weight, bound_parts in zip(packed_weights, parts, strict=True):
+                _return_to(bound_parts, weight)
         if plain_weights:
             current = list(map(read_version, plain_weights))
             if current != versions:
@@ -302,6 +324,22 @@ def runner(compiled: Callable[..., Any], bound: BoundGraph) -> Callable[..., Any
         return compiled(*select(inputs))
 
     return call
+
+
+def _return_to(parts: tuple[Tensor, Tensor, Tensor], weight: Nvfp4Tensor) -> None:
+    """Copies a packed weight's values into the parts that compiled code holds, and makes these the weight's parts."""
+    if weight.codes is parts[0]:
+        return
+    current = (weight.codes, weight.block_scales, weight.global_scale)
+    if [part.shape for part in parts] != [part.shape for part in current]:
+        raise RuntimeError(
+            f"dsv4: parts of a packed weight must keep their shapes {[tuple(part.shape) for part in parts]}, "
+            f"got {[tuple(part.shape) for part in current]}: call torch._dynamo.reset()"
+        )
+    with torch.inference_mode(False), torch.no_grad():
+        for part, value in zip(parts, current, strict=True):
+            part.copy_(value)
+    weight.codes, weight.block_scales, weight.global_scale = parts
 
 
 def _selector(indices: Iterable[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:

@@ -415,6 +415,31 @@ def test_packed_after_the_first_call() -> None:
     assert len(graphs) == 2
 
 
+def test_other_parts_of_a_packed_weight_are_seen() -> None:
+    """A packed weight that is given other parts stays the same object: the compiled code would go on with the parts it
+    holds, then be deaf to what is written into the new ones."""
+    model = nn.Sequential(nn.Linear(32, 32, bias=False)).bfloat16()
+    quantize_(model)
+    compiled = torch.compile(model, backend=Capture())
+    x = torch.randn(2, 32).bfloat16()
+    with torch.no_grad():
+        compiled(x)
+        weight = model[0].weight
+        codes, other = weight.codes, Nvfp4Tensor.from_float(torch.randn(32, 32).bfloat16())
+        weight.codes, weight.block_scales, weight.global_scale = other.codes, other.block_scales, other.global_scale
+        expected = model(x)
+        torch.testing.assert_close(
+            compiled(x).float(), expected.float(), rtol=0.5, atol=float(expected.abs().max()) / 4
+        )
+        assert weight.codes is codes
+        first = compiled(x)
+        weight.global_scale.mul_(2)
+        assert torch.equal(compiled(x), 2 * first)
+        weight.codes, weight.block_scales = other.codes[:16], other.block_scales[:16]
+        with pytest.raises(RuntimeError, match="must keep their shapes"):
+            compiled(x)
+
+
 def test_without_guards_another_weight_is_an_error() -> None:
     """Guards against the wrong weights where the user has switched off what makes Dynamo compile again."""
     model, x = linear(), activation()
