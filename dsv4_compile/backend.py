@@ -57,7 +57,7 @@ class RewriteGraph(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         before = format_graph(graph) if self.options.dump or self.observe is not None else ""
-        counts = run_passes(graph, self.options.gsa, self.options.merge_gemms)
+        counts = run_passes(graph, *self._choices())
         log.debug("passes: %s", counts)
         if self.options.dump:
             _dump(self.options.dump, before, format_graph(graph), counts)
@@ -71,7 +71,10 @@ class RewriteGraph(CustomGraphPass):
         others = [other.uuid() if isinstance(other, CustomGraphPass) else None for other in self.others]
         if self.observe is not None or self.options.dump or None in others:
             return None  # a cached graph would never be shown to the observer
-        return get_hash_for_files(_source_files(), repr((self.options.gsa, self.options.merge_gemms, others)))
+        return get_hash_for_files(_source_files(), repr((self._choices(), others)))
+
+    def _choices(self) -> tuple[str, bool, str]:
+        return self.options.gsa, self.options.merge_gemms, self.options.activations
 
 
 def dsv4(

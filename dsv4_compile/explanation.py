@@ -17,7 +17,16 @@ from torch import Tensor, fx, nn
 from dsv4_compile.backend import compile_bound, prepare
 from dsv4_compile.binding import INVOKE_SUBGRAPH, BoundGraph, Weight, runner
 from dsv4_compile.options import Options
-from dsv4_compile.passes.graph import DEQUANTIZE, GROUPED_MM, MM, MOE, QUANTIZE, SWIGLU_QUANTIZE, VIEWS
+from dsv4_compile.passes.graph import (
+    DEQUANTIZE,
+    GROUPED_MM,
+    MM,
+    MOE,
+    QUANTIZE,
+    SWIGLU_QUANTIZE,
+    VIEWS,
+    WEIGHT_MM,
+)
 from dsv4_compile.printing import packed_part
 from dsv4_compile.quantization import ineligible_reason
 from dsv4_compile.tensor import Nvfp4Tensor
@@ -26,8 +35,8 @@ RMS_NORM_QUANTIZE = torch.ops.dsv4.rms_norm_quantize_nvfp4.default
 RMS_NORM_QUANTIZE_WITH_NORM = torch.ops.dsv4.rms_norm_quantize_nvfp4.with_norm
 # For each quantiser, the index of its codes among its results.
 QUANTIZERS = {QUANTIZE: 0, SWIGLU_QUANTIZE: 0, RMS_NORM_QUANTIZE: 0, RMS_NORM_QUANTIZE_WITH_NORM: 1}
-# For each product, the positions of its activation's codes and of its weights' codes among its arguments.
-PRODUCTS = {MM: (0, (3,)), GROUPED_MM: (0, (3,)), MOE: (0, (5, 8))}
+# For each product, the positions of its activation (its codes) and of its weights' codes among its arguments.
+PRODUCTS = {MM: (0, (3,)), WEIGHT_MM: (0, (1,)), GROUPED_MM: (0, (3,)), MOE: (0, (5, 8))}
 
 
 @dataclass(frozen=True)

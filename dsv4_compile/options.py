@@ -15,6 +15,9 @@ from dsv4_compile.quantization import DEFAULT_EXCLUDE
 # Without these the compiled code would hold copies of the weights, or one checkpoint's global scales as literals.
 REQUIRED_BY_BACKEND: Mapping[str, Any] = {"freezing": True, "always_keep_tensor_constants": True}
 
+# nvfp4: each activation of a product is quantised. bf16: none is, and only linears read their weights packed.
+ACTIVATIONS = ("nvfp4", "bf16")
+
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -24,6 +27,8 @@ class Options:
 
     Attributes:
         gsa: granularity of the run-time activation global scale: ``tensor``, ``tensor_pow2`` or ``token``.
+        activations: ``nvfp4`` (W4A4) or ``bf16`` (W4A16: no activation is quantised; linears read their weights packed,
+            grouped products and experts run on weights dequantised to bf16).
         quantize_weights: pack eligible plain weights once at compile time; False compiles packed ones only.
         include: parameter-name patterns to pack, see :func:`dsv4_compile.quantize_`; None for every eligible one.
         exclude: parameter-name patterns to leave alone; nothing by default when ``include`` is given.
@@ -34,6 +39,7 @@ class Options:
     """
 
     gsa: str = "tensor"
+    activations: str = "nvfp4"
     quantize_weights: bool = True
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
@@ -84,6 +90,7 @@ class Options:
             ("merge_gemms", bool),
             ("dump", str),
             ("gsa", str),
+            ("activations", str),
             ("mode", str),
         ):
             value = getattr(self, name)
@@ -94,7 +101,7 @@ class Options:
             is_patterns = isinstance(value, tuple) and all(isinstance(pattern, str) for pattern in value)
             if not is_patterns and not (name == "include" and value is None):
                 raise TypeError(f"dsv4: option {name} must be a list of parameter-name patterns, got {value!r}")
-        for name, allowed in (("gsa", nvfp4.GRANULARITIES), ("mode", MODES)):
+        for name, allowed in (("gsa", nvfp4.GRANULARITIES), ("activations", ACTIVATIONS), ("mode", MODES)):
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"dsv4: option {name} must be one of {', '.join(allowed)}, got {value!r}")

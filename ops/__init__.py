@@ -8,6 +8,7 @@ from dsv4_compile.ops.dequantize_nvfp4 import dequantize_nvfp4
 from dsv4_compile.ops.nvfp4_grouped_mm import nvfp4_grouped_mm
 from dsv4_compile.ops.nvfp4_mm import nvfp4_mm
 from dsv4_compile.ops.nvfp4_moe import nvfp4_moe
+from dsv4_compile.ops.nvfp4_weight_mm import nvfp4_weight_mm
 from dsv4_compile.ops.quantize_nvfp4 import quantize_nvfp4
 from dsv4_compile.ops.rms_norm_quantize_nvfp4 import rms_norm_quantize_nvfp4, rms_norm_quantize_nvfp4_with_norm
 from dsv4_compile.ops.swiglu_quantize_nvfp4 import swiglu_quantize_nvfp4
@@ -19,6 +20,7 @@ __all__ = [
     "nvfp4_grouped_mm",
     "nvfp4_mm",
     "nvfp4_moe",
+    "nvfp4_weight_mm",
     "quantize_nvfp4",
     "rms_norm_quantize_nvfp4",
     "rms_norm_quantize_nvfp4_with_norm",

@@ -28,8 +28,16 @@ Pass = tuple[str, Callable[[fx.Graph], int]]
 
 
 @functools.lru_cache
-def build_passes(granularity: str = "tensor", merge: bool = True) -> tuple[Pass, ...]:
+def build_passes(granularity: str = "tensor", merge: bool = True, activations: str = "nvfp4") -> tuple[Pass, ...]:
     """The passes in the order they run; tracing their patterns takes about half a second, once a process."""
+    merge_passes = [(merge_gemms.NAME, merge_gemms.apply)] if merge else []
+    if activations == "bf16":  # nothing is quantised: the linears, and the router, which reads no packed weight
+        return (
+            *((fusion.name, fusion.build()) for fusion in linear.build(granularity, activations)),
+            (topk_router.NAME, topk_router.apply),
+            *merge_passes,
+            (clean_up.NAME, clean_up.apply),
+        )
     products = [*linear.build(granularity), *grouped_linear.build(granularity), *experts.build(granularity)]
     fused_products = [(fusion.name, fusion.build()) for fusion in products]
     fused_moe = [(fusion.name, fusion.build()) for fusion in moe.build(granularity)]
@@ -49,11 +57,13 @@ def build_passes(granularity: str = "tensor", merge: bool = True) -> tuple[Pass,
         # Once there is one quantisation of each norm.
         *fused_norm,
         # After swiglu: gate and up become slices of one product, which the operator reads in place.
-        *([(merge_gemms.NAME, merge_gemms.apply)] if merge else []),
+        *merge_passes,
         (clean_up.NAME, clean_up.apply),
     )
 
 
-def run_passes(graph: fx.Graph, granularity: str = "tensor", merge: bool = True) -> dict[str, int]:
+def run_passes(
+    graph: fx.Graph, granularity: str = "tensor", merge: bool = True, activations: str = "nvfp4"
+) -> dict[str, int]:
     """Rewrites a functional ATen graph in place; returns the number of rewrites of each pass."""
-    return {name: apply(graph) for name, apply in build_passes(granularity, merge)}
+    return {name: apply(graph) for name, apply in build_passes(granularity, merge, activations)}

@@ -37,6 +37,7 @@ dsv4 = torch.ops.dsv4
 QUANTIZE = dsv4.quantize_nvfp4.default
 SWIGLU_QUANTIZE = dsv4.swiglu_quantize_nvfp4.default
 MM = dsv4.nvfp4_mm.default
+WEIGHT_MM = dsv4.nvfp4_weight_mm.default
 GROUPED_MM = dsv4.nvfp4_grouped_mm.default
 MOE = dsv4.nvfp4_moe.default
 DEQUANTIZE = dsv4.dequantize_nvfp4.default

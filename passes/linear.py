@@ -2,7 +2,8 @@
 
 Matches: ``mm(x, dequantize(w).t())`` and ``addmm(bias, x, dequantize(w).t())``, which is what F.linear, ``x @ w.t()``
 and torch.addmm decompose to, with an optional cast before or after the transpose (autocast).
-Rewrites to: ``nvfp4_mm(*quantize_nvfp4(x), [w], bias)``, rounded once to the dtype of the product it replaces.
+Rewrites to: ``nvfp4_mm(*quantize_nvfp4(x), [w], bias)``, rounded once to the dtype of the product it replaces; with
+``activations="bf16"`` to ``nvfp4_weight_mm(x, [w], bias)``, where ``x`` is bf16.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch._inductor.pattern_matcher import Match
 
 from dsv4_compile.ops.dequantize_nvfp4 import dequantize_nvfp4
 from dsv4_compile.ops.nvfp4_mm import nvfp4_mm
+from dsv4_compile.ops.nvfp4_weight_mm import nvfp4_weight_mm
 from dsv4_compile.ops.quantize_nvfp4 import quantize_nvfp4
 from dsv4_compile.passes.graph import Fusion, value
 
@@ -76,7 +78,19 @@ def replacement(
     return nvfp4_mm(*quantize_nvfp4(x, granularity), [codes], [block_scales], [global_scale], bias, out_dtype)
 
 
-def applies(match: Match, granularity: str) -> tuple[Any, list[Any]] | None:
+def weight_replacement(
+    x: Tensor,
+    codes: Tensor,
+    block_scales: Tensor,
+    global_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return nvfp4_weight_mm(x, [codes], [block_scales], [global_scale], bias, out_dtype)
+
+
+def applies(match: Match, granularity: str, activations: str) -> tuple[Any, list[Any]] | None:
     """Exact whenever it matches, but for a bias that broadcasts over rows: the product is the weight's only reading."""
     arguments = [match.kwargs[name] for name in ("x", "codes", "block_scales", "global_scale")]
     bias = match.kwargs.get("bias")
@@ -85,12 +99,16 @@ def applies(match: Match, granularity: str) -> tuple[Any, list[Any]] | None:
             return None
         arguments.append(bias)
     out_dtype = value(match.output_node()).dtype
+    if activations == "bf16":
+        if value(arguments[0]).dtype != torch.bfloat16:
+            return None
+        return functools.partial(weight_replacement, out_dtype=out_dtype), arguments
     return functools.partial(replacement, granularity=granularity, out_dtype=out_dtype), arguments
 
 
-def build(granularity: str) -> list[Fusion]:
-    """The fusions of this file for one granularity of the activation global scale."""
-    check = functools.partial(applies, granularity=granularity)
+def build(granularity: str, activations: str = "nvfp4") -> list[Fusion]:
+    """The fusions of this file for one granularity of the activation global scale, or for bf16 activations."""
+    check = functools.partial(applies, granularity=granularity, activations=activations)
     return [
         Fusion("linear", (mm, mm_cast_weight, mm_cast_transposed), mm_inputs, check, shared=True),
         Fusion("linear_bias", (addmm, addmm_cast_weight, addmm_cast_transposed), addmm_inputs, check, shared=True),

@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
-from dsv4_compile import backend, nvfp4
+from dsv4_compile import backend, nvfp4, quantize_
 from dsv4_compile.options import MODES, Options
 from dsv4_compile.quantization import DEFAULT_EXCLUDE
 from dsv4_compile.testing import capture
 
-OWN = "gsa, quantize_weights, include, exclude, merge_gemms, dump, mode"
+OWN = "gsa, activations, quantize_weights, include, exclude, merge_gemms, dump, mode"
 
 
 def model() -> nn.Module:
@@ -29,6 +30,7 @@ def test_defaults() -> None:
     assert Options.parse() == Options()
     assert Options() == Options(
         gsa="tensor",
+        activations="nvfp4",
         quantize_weights=True,
         include=None,
         exclude=DEFAULT_EXCLUDE,
@@ -51,6 +53,11 @@ REFUSED: dict[str, tuple[dict[Any, Any], type[Exception], str]] = {
     "field, but no option": ({"inductor": {}}, ValueError, "got 'inductor'"),
     "gsa": ({"gsa": "row"}, ValueError, "dsv4: option gsa must be one of tensor, tensor_pow2, token, got 'row'"),
     "gsa, type": ({"gsa": 1}, TypeError, "dsv4: option gsa must be a str, got 1"),
+    "activations": (
+        {"activations": "int8"},
+        ValueError,
+        "dsv4: option activations must be one of nvfp4, bf16, got 'int8'",
+    ),
     "mode": ({"mode": "fast"}, ValueError, f"dsv4: option mode must be one of {', '.join(MODES)}, got 'fast'"),
     "mode, type": ({"mode": None}, TypeError, "dsv4: option mode must be a str, got None"),
     "quantize_weights": ({"quantize_weights": 1}, TypeError, "option quantize_weights must be a bool, got 1"),
@@ -249,3 +256,50 @@ def test_dump_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert captured.err.startswith("# before dsv4 passes\nx0: bf16[8, 64]\n")
     assert "# after dsv4 passes: no rewrite\n" in captured.err
     assert captured.out == ""
+
+
+def test_bf16_activations_show_in_the_graph() -> None:
+    """Guards against an activation that is quantised although it was asked not to be, and against numbers to match."""
+    network, x = model(), activation()
+    result, (graph,) = capture(network, x, options={"activations": "bf16"})
+    assert_expected_inline(
+        graph.after,
+        """\
+w0: nvfp4[64, 64]
+w1: nvfp4[32, 64]
+x0: bf16[8, 64]
+%0: bf16[8, 64] = dsv4.nvfp4_weight_mm(x0, *[w0], None, bf16)
+%1: bf16[8, 32] = dsv4.nvfp4_weight_mm(%0, *[w1], None, bf16)
+return %1""",
+    )
+    quantize_(network)
+    assert sqnr(result, network(x)) > 45  # the eager model on dequantised weights rounds them to bf16 once more
+
+
+def test_bf16_activations_merge_and_leave_experts_dequantised() -> None:
+    """Guards against experts whose activations are quantised unasked, and linears that no longer merge."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(64, 32, bias=False)
+            self.up = nn.Linear(64, 32, bias=False)
+            self.groups = nn.Parameter(torch.randn(2, 16, 32), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = nn.functional.silu(self.gate(x)) * self.up(x)
+            return torch.bmm(h.view(2, -1, 32), self.groups.mT)
+
+    network, x = Gated().bfloat16(), activation()
+    result, (graph,) = capture(network, x, options={"activations": "bf16"})
+    assert graph.counts == {"linear": 2, "merge_gemms": 1}
+    assert "quantize_nvfp4(" not in graph.after.replace("dequantize_nvfp4(", "")
+    assert "aten.bmm" in graph.after
+    quantize_(network)
+    assert sqnr(result, network(x)) > 40
+
+
+def sqnr(actual: Tensor, expected: Tensor) -> float:
+    """Signal to error in dB."""
+    error = (actual.double() - expected.double()).square().mean()
+    return float(10 * torch.log10(expected.double().square().mean() / error))
