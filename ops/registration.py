@@ -17,6 +17,8 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INDEX_DTYPES = (torch.int32, torch.int64)
 
+CUDA_IMPLEMENTATIONS: dict[OpOverload, Callable[..., Any]] = {}
+
 
 def define(
     schema: str, *, fake: Callable[..., Any], cpu: Callable[..., Any], cuda: Callable[..., Any] | None = None
@@ -33,6 +35,8 @@ def define(
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     packet, _, overload_name = name.partition(".")
     overload: OpOverload = getattr(getattr(torch.ops.dsv4, packet), overload_name or "default")
+    if cuda is not None:
+        CUDA_IMPLEMENTATIONS[overload] = cuda
     return overload
 
 

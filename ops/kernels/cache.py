@@ -49,6 +49,7 @@ SLOW_COMPILE_SECONDS = 1.0
 
 _loaded: dict[tuple[str, Any], Callable[..., Any]] = {}
 _load_lock = threading.Lock()
+_recorded: list[dict[tuple[str, Any], None]] = []
 
 
 def folder() -> Path:
@@ -72,6 +73,9 @@ def kernel(name: str, config: Any) -> Callable[..., Any]:
     Raises:
         RuntimeError: the entry is missing or damaged, and cutlass or a C compiler to build it is missing too.
     """
+    if _recorded:
+        _recorded[-1][name, config] = None
+        return _launch_nothing
     function = _loaded.get((name, config))
     if function is None:
         with _load_lock:
@@ -79,6 +83,24 @@ def kernel(name: str, config: Any) -> Callable[..., Any]:
             if function is None:
                 function = _loaded[name, config] = _load(ensure(name, config))
     return function
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[dict[tuple[str, Any], None]]:
+    """Collects the kernels that are asked for, in order, in place of loading them; they launch nothing.
+
+    The CUDA implementation of an operator, called on meta tensors under this, tells which kernels it would run.
+    """
+    wanted: dict[tuple[str, Any], None] = {}
+    _recorded.append(wanted)
+    try:
+        yield wanted
+    finally:
+        _recorded.remove(wanted)
+
+
+def _launch_nothing(*arguments: Any) -> None:
+    pass
 
 
 def ensure(name: str, config: Any) -> Path:
