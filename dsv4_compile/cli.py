@@ -6,12 +6,13 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
 
 from dsv4_compile import nvfp4
+from dsv4_compile.options import ACTIVATIONS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     explain.add_argument("--tokens", type=int, default=64, help="length of the input (default 64)")
     explain.add_argument("--gsa", choices=nvfp4.GRANULARITIES, default="tensor", help="granularity of the global scale")
     explain.add_argument("--dump", metavar="FILE", default="", help="write the graphs before and after; - for stderr")
+
+    warm = commands.add_parser("warm", help="compile the GPU kernels that a HuggingFace model needs; no GPU required")
+    warm.add_argument(
+        "--config", metavar="PATH", help="folder of a model, or its config.json; default DeepSeek V4 Flash"
+    )
+    warm.add_argument("--arch", default="sm_90a", help="GPU architecture (default sm_90a)")
+    warm.add_argument("--layers", type=int, help="look at the first layers only (default: until every kind was seen)")
+    warm.add_argument("--max-tokens", type=int, default=16384, help="most tokens of one call (default 16384)")
+    warm.add_argument("--gsa", choices=nvfp4.GRANULARITIES, default="tensor", help="granularity of the global scale")
+    warm.add_argument("--activations", choices=ACTIVATIONS, default="nvfp4", help="bf16 for W4A16")
+    warm.add_argument("--jobs", type=int, help="compiling processes (default one a core, at most 8)")
 
     parsed = parser.parse_args(arguments)
     try:
@@ -60,12 +72,32 @@ def _explain(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def model_on_meta(config_path: str, num_layers: int | None = None) -> Any:
+def _warm(parsed: argparse.Namespace) -> int:
+    from dsv4_compile.warming import warm
+
+    logging.getLogger("dsv4_compile").setLevel(logging.ERROR)  # the progress bar says what is compiled
+    console = Console()
+    report = warm(
+        model_on_meta(parsed.config, parsed.layers or "every kind"),
+        arch=parsed.arch,
+        max_tokens=parsed.max_tokens,
+        options={"gsa": parsed.gsa, "activations": parsed.activations},
+        jobs=parsed.jobs,
+        console=console,
+    )
+    size = f"{report.num_bytes / 2**20:.1f} MiB"
+    console.print(f"{report.compiled} kernels compiled, {report.found} found, {size} in {report.folder}")
+    if report.without_kernel:
+        console.print(f"no kernel for {parsed.arch} yet: {', '.join(report.without_kernel)}")
+    return 0
+
+
+def model_on_meta(config_path: str | None, num_layers: int | Literal["every kind"] | None = None) -> Any:
     """Builds a HuggingFace causal language model on the meta device, in bf16, from its config alone.
 
     Args:
-        config_path: folder of a model or path of its ``config.json``.
-        num_layers: keep only that many layers; None for all.
+        config_path: folder of a model or path of its ``config.json``; None for transformers' default DeepSeek V4.
+        num_layers: keep only that many layers; as many as hold one of every kind; None for all.
 
     Raises:
         ImportError: transformers is not installed.
@@ -76,7 +108,12 @@ def model_on_meta(config_path: str, num_layers: int | None = None) -> Any:
     except ImportError as error:
         raise ImportError("explain needs transformers to build the model: pip install 'transformers>=5.17'") from error
 
-    config = AutoConfig.from_pretrained(config_path, local_files_only=True)
+    if config_path is None:
+        config = AutoConfig.for_model("deepseek_v4")
+    else:
+        config = AutoConfig.from_pretrained(config_path, local_files_only=True)
+    if num_layers == "every kind":
+        num_layers = _layers_of_every_kind(config)
     if num_layers is not None:
         if not 1 <= num_layers <= config.num_hidden_layers:
             raise ValueError(f"--layers must be between 1 and {config.num_hidden_layers}, got {num_layers}")
@@ -89,7 +126,13 @@ def model_on_meta(config_path: str, num_layers: int | None = None) -> Any:
     return model.eval()
 
 
-_COMMANDS = {"demo": _demo, "explain": _explain}
+def _layers_of_every_kind(config: Any) -> int:
+    """The number of first layers among which every kind of attention and of MLP occurs."""
+    kinds = [getattr(config, name, None) or [] for name in ("layer_types", "mlp_layer_types")]
+    return max([1, *(values.index(kind) + 1 for values in kinds for kind in set(values))])
+
+
+_COMMANDS = {"demo": _demo, "explain": _explain, "warm": _warm}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -39,5 +39,5 @@ def require_hopper(op: str, tensor: Tensor) -> None:
     if major != 9:
         raise RuntimeError(
             f"{op}: no kernel for {torch.cuda.get_device_name(tensor.device)} (sm_{major}{minor}) is built into this "
-            "version, which has kernels for sm_90 (H100, H200); the CPU reference runs when model and inputs are on the CPU"
+            "version, which has those for sm_90 (H100, H200); the CPU reference runs when all inputs are on the CPU"
         )
