@@ -327,3 +327,53 @@ def test_products_returned_from_a_repeated_region() -> None:
     first, x = product(x, model.regions[0].a.weight), product(x, model.regions[0].b.weight)
     second, x = product(x, model.regions[1].a.weight), product(x, model.regions[1].b.weight)
     torch.testing.assert_close(result, (torch.mm(first, second.t()), torch.mm(x, first.t())))
+
+
+# Small edits of `two_linears` for a square x: what each output is, as a function of the products' emulation.
+EDITS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "one reads x + 1": (
+        lambda self, x: (-F.linear(x, self.w0), -F.linear(x + 1, self.w1)),
+        lambda x, w0, w1: (product(x, w0), product(x + 1, w1)),
+    ),
+    "one reads x transposed": (
+        lambda self, x: (-F.linear(x, self.w0), -F.linear(x.t(), self.w1)),
+        lambda x, w0, w1: (product(x, w0), product(x.t(), w1)),
+    ),
+    "one reads the rows turned round": (
+        lambda self, x: (-F.linear(x, self.w0), -F.linear(x.flip(0), self.w1)),
+        lambda x, w0, w1: (product(x, w0), product(x.flip(0), w1)),
+    ),
+    "weights swapped": (
+        lambda self, x: (-F.linear(x, self.w1), -F.linear(x, self.w0)),
+        lambda x, w0, w1: (product(x, w1), product(x, w0)),
+    ),
+    "one weight twice": (
+        lambda self, x: (-F.linear(x, self.w0), -F.linear(x, self.w0)),
+        lambda x, w0, w1: (product(x, w0), product(x, w0)),
+    ),
+    "one weight transposed": (
+        lambda self, x: (-F.linear(x, self.w0), -(x @ self.w1)),
+        lambda x, w0, w1: (product(x, w0), x @ w1),  # no linear, so its plain weight is not packed
+    ),
+    "one reads the other's result": (
+        lambda self, x: (-F.linear(x, self.w0), -F.linear(F.linear(x, self.w0), self.w1)),
+        lambda x, w0, w1: (product(x, w0), product(product(x, w0), w1)),
+    ),
+    "x changed in place between": (
+        lambda self, x: (-F.linear(x, self.w0), -F.linear(x.mul_(3), self.w1)),
+        lambda x, w0, w1: (product(x, w0), product(x * 3, w1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edited_model_gives_its_own_answer(edit: str) -> None:
+    """Guards against a merge that is blind to a small change of the model: never the unedited model's answer."""
+    function, emulation = EDITS[edit]
+    w0, w1, x = randn(K, K), 10 * randn(K, K), randn(K, K)
+    expected = emulation(x, w0, w1)
+    unedited = product(x, w0), product(x, w1)
+    assert not all(torch.equal(left, right) for left, right in zip(expected, unedited, strict=True))
+    result, graph = capture_one(Model(function, w0=w0, w1=w1), x.clone())
+    assert graph.counts["linear"] >= 1
+    assert_negated(result, *expected)
