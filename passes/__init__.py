@@ -13,6 +13,7 @@ from torch import fx
 
 from dsv4_compile.passes import (
     clean_up,
+    dense_moe,
     experts,
     grouped_linear,
     linear,
@@ -40,7 +41,7 @@ def build_passes(granularity: str = "tensor", merge: bool = True, activations: s
         )
     products = [*linear.build(granularity), *grouped_linear.build(granularity), *experts.build(granularity)]
     fused_products = [(fusion.name, fusion.build()) for fusion in products]
-    fused_moe = [(fusion.name, fusion.build()) for fusion in moe.build(granularity)]
+    fused_moe = [(fusion.name, fusion.build()) for fusion in [*moe.build(granularity), *dense_moe.build(granularity)]]
     fused_norm = [(fusion.name, fusion.build()) for fusion in rms_norm.build(granularity)]
     fused_swiglu = [(fusion.name, fusion.build()) for fusion in swiglu.build(granularity)]
     return (

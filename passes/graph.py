@@ -143,6 +143,7 @@ _SIZE_ARGUMENTS = {
     aten.clamp_max.default: (1,),
     aten.mean.dim: (1,),
     aten.empty.memory_format: (0,),
+    aten.repeat.default: (1,),
     torch.ops.prims.iota.default: (0,),
 }
 
