@@ -240,7 +240,7 @@ def test_edited_model_gives_its_own_answer(edited: type[Dense]) -> None:
     own = sqnr_db(result, model(x, logits))
     assert own > 5  # NVFP4 against bf16, of outputs that partly cancel
     if edited is not SummedOverTokens:
-        assert own > sqnr_db(result, unedited(x, logits)) + 6
+        assert own > sqnr_db(result, unedited(x, logits)) + 3
 
 
 def test_intermediate_read_runs_every_expert() -> None:
