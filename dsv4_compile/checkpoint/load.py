@@ -149,6 +149,7 @@ def _plan(
     """Assigns each stored weight to a parameter; appends to ``problems`` what does not fit."""
     tensors = _tensors(model)
     first_name: dict[int, str] = {}
+    tied = {identity for identity, count in Counter(map(id, tensors.values())).items() if count > 1}
     targets: dict[str, _Target] = {}
     for name, tensor in tensors.items():
         if first_name.setdefault(id(tensor), name) == name:
@@ -170,7 +171,7 @@ def _plan(
             slot = slot._replace(parameter=target.name)
             if slot not in target.sources:
                 target.sources[slot] = source
-            elif name in tensors and target.name != name:
+            elif id(target.tensor) in tied:
                 report.ignored.append(name)  # the other name of a tied parameter
             else:
                 problems.append(f"twice: {name} and {target.sources[slot].name} are both for {_describe(slot)}")
@@ -261,7 +262,7 @@ def _recompute_buffers(
                 )
             else:
                 report.recomputed_buffers.append(full_name)
-                fresh.append((module, name, value.to(device=device or "cpu", dtype=buffer.dtype)))
+                fresh.append((module, name, value.to(device or "cpu")))  # in its own dtype, fp32
     return fresh
 
 
