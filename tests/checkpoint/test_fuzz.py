@@ -179,7 +179,8 @@ def other_dtype(folder: Path, rng: random.Random) -> None:
     def change(values: stored.Tensors, name: str) -> None:
         size = values[name].shape
         dtype = rng.choice([dtype for dtype in dtypes if dtype != values[name].dtype])
-        values[name] = torch.ones(size).to(dtype)
+        keeps_bytes = values[name].dtype.itemsize == dtype.itemsize and values[name].dim() > 0
+        values[name] = values[name].view(dtype) if keeps_bytes else torch.ones(size).to(dtype)
 
     rewrite(folder, rng, change)
 
