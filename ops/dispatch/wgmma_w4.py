@@ -1,0 +1,59 @@
+"""Configurations of ``sm90.wgmma_w4``, the kernel of products with more than a few tokens, and how it is launched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+STAGE_K = 256  # K % STAGE_K == 0: a stage of block scales is 16 bytes a row, the least that TMA copies
+BLOCK_ROWS = 128  # weight rows a CTA
+TILE_TOKENS = (16, 32, 64, 128, 256)
+OUT_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """One compiled variant.
+
+    Attributes:
+        mode: ``dense``: weights [N_i, K]; ``grouped``: experts [E, N, K] and a schedule; ``swiglu``: the same with
+            SwiGLU of the two halves of the rows.
+        tile_tokens: tokens a tile, one of :data:`TILE_TOKENS`.
+        num_weights: weights of a dense call, side by side in the output.
+        multicast: 1, or 2 CTAs of a cluster that take neighbouring weight rows and share the loads of activations.
+        splits: CTAs of a cluster that share a tile, each with its part of K; dense only.
+        has_row_scale: the activation has a scale, one for all or one a row.
+        has_bias: a bias is added; dense only.
+        has_row_weight: SwiGLU's result is multiplied by a weight a row.
+        has_amax: SwiGLU's largest magnitude is written, one a CTA.
+        out_dtype: ``bf16``, ``fp16`` or ``fp32``.
+    """
+
+    mode: Literal["dense", "grouped", "swiglu"]
+    tile_tokens: int
+    num_weights: int = 1
+    multicast: int = 1
+    splits: int = 1
+    has_row_scale: bool = True
+    has_bias: bool = False
+    has_row_weight: bool = False
+    has_amax: bool = False
+    out_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+
+    @property
+    def cluster(self) -> int:
+        """CTAs of a cluster."""
+        return self.multicast * self.splits
+
+
+def is_mappable(*tensors: Tensor) -> bool:
+    """Whether TMA can read the matrices: unit stride along K, rows and bases at multiples of 16 bytes."""
+    return all(
+        tensor.stride(-1) == 1
+        and all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
+        and (tensor.is_meta or tensor.data_ptr() % 16 == 0)
+        for tensor in tensors
+    )
