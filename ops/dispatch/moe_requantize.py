@@ -1,0 +1,56 @@
+"""Launches ``moe_requantize``: the input of the second product, quantised to NVFP4 and expanded to exact bf16."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv4_compile.ops.dispatch.moe_combine import DTYPE_NAMES
+from dsv4_compile.ops.kernels import cache
+from dsv4_compile.ops.kernels.device import sm_count
+
+THREADS = 256
+VALUES = 8  # a thread at a time
+CTAS_PER_SM = 8
+
+
+@dataclass(frozen=True)
+class RequantizeConfig:
+    """Quantises and expands.
+
+    Attributes:
+        dtype: of the input.
+        granularity: ``tensor``, ``tensor_pow2`` or ``token``.
+        pdl: programmatic dependent launch.
+    """
+
+    dtype: str
+    granularity: str
+    pdl: bool = True
+
+
+def requantize(
+    h: Tensor, partial_amax: Tensor, schedule: Tensor, granularity: str, scaled: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``code * block scale`` of the routed rows as :func:`nvfp4.quantize` gives them, exact in bf16, and their scale.
+
+    Args:
+        h: bf16, fp16 or fp32 [S, K], contiguous, K % 16 == 0.
+        partial_amax: fp32 [P], their maximum is that of the finite |h| of all routed rows; not read for ``token``.
+        schedule: of :func:`moe_align.align`, says how many of the S rows are routed. The others are not touched.
+        granularity: ``tensor``, ``tensor_pow2`` or ``token``.
+        scaled: where to put the result; may be ``h``.
+
+    Returns:
+        bf16 [S, K] and fp32 [1] or, for ``token``, [S].
+    """
+    rows, k = h.shape
+    scaled = h.new_empty(h.shape, dtype=torch.bfloat16) if scaled is None else scaled
+    global_scale = h.new_empty(rows if granularity == "token" else 1, dtype=torch.float32)
+    most = sm_count(h) * CTAS_PER_SM
+    ctas = max(1, min(most, rows if granularity == "token" else -(-rows * k // (THREADS * VALUES))))
+    kernel = cache.kernel("sm90.moe_requantize", RequantizeConfig(DTYPE_NAMES[h.dtype], granularity))
+    kernel(h, partial_amax, schedule, scaled, global_scale, ctas)
+    return scaled, global_scale
