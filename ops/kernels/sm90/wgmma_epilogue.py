@@ -1,0 +1,364 @@
+"""The epilogue of ``sm90.wgmma_w4``: scales, bias, SwiGLU, rounding, and the transposition to rows of tokens."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64
+
+from dsv4_compile.ops.kernels.sm90 import numerics
+from dsv4_compile.ops.kernels.sm90.numerics import add, multiply
+from dsv4_compile.ops.kernels.sm90.wgmma_instructions import (
+    arrive_cluster,
+    load_cluster_f32x4,
+    load_global_f32,
+    load_shared_f32x2,
+    load_shared_v4,
+    map_to_cluster,
+    store_global_words,
+    store_matrices_transposed,
+    store_shared_f32,
+    wait_cluster,
+)
+
+WARPGROUP = 128
+CONSUMER_WARPS = 8
+CONSUMERS_BARRIER = 3  # named barriers: 1 and 2 are those of the warpgroups
+DECODED_EXPONENT = 2.0**14  # the products of decoded weights carry its inverse
+INFINITY = float("inf")
+
+
+class Epilogue:
+    def __init__(self, config):
+        self.config = config
+        self.tokens = config.tile_tokens
+        self.is_swiglu = config.mode == "swiglu"
+        self.columns = 32 if self.is_swiglu else 64  # that a warpgroup stores
+        self.chunk = min(64, self.tokens)  # tokens that are transposed at a time
+        self.element_bytes = 4 if config.out_dtype == "fp32" else 2
+        self.row_scale_bytes = 4 * self.tokens  # of each warpgroup
+        self.staging_bytes = self.chunk * self.columns * 2
+        self.pitch = 128 + 4  # floats between tokens of a partial sum: no bank conflicts
+        if config.splits > 1:
+            self.shared_bytes = self.row_scale_bytes + 4 * self.tokens * self.pitch
+        else:
+            self.shared_bytes = 2 * (self.row_scale_bytes + self.staging_bytes)
+
+    @cute.jit
+    def store(
+        self,
+        accumulators,
+        base,
+        offset: cutlass.Constexpr,
+        split_barriers,
+        row_scale,
+        scale_address,
+        segments,
+        bias,
+        row_weight,
+        out,
+        limit,
+        rows,
+        first_row,
+        first_column,
+        first,
+        count,
+        rank,
+        thread,
+        warp,
+        tile_count,
+        largest,
+    ):
+        """Stores a tile of a CTA: ``rows`` weight rows from ``first_row``, ``count`` tokens from ``first``.
+
+        Returns the largest finite magnitude stored by this thread so far, given that before.
+        """
+        config = self.config
+        if cutlass.const_expr(config.splits > 1):
+            self.store_split(
+                accumulators, base, offset, split_barriers, row_scale, scale_address, segments, bias, out, rows,
+                first_row, first_column, first, count, rank, thread, warp, tile_count,
+            )  # fmt: skip
+        else:
+            largest = self.store_whole(
+                accumulators, base, offset, row_scale, scale_address, segments, bias, row_weight, out, limit, rows,
+                first_row, first_column, first, count, thread, warp, largest,
+            )  # fmt: skip
+        return largest
+
+    @cute.jit
+    def row_factor(self, scale_address, segments, rows, row):
+        """The global scale of a weight row, times what the decoded weights lack."""
+        inside = cutlass.min(row, rows - 1)
+        return multiply(load_global_f32(scale_address + Int64(inside // (rows // segments)) * 4), DECODED_EXPONENT)
+
+    @cute.jit
+    def store_whole(
+        self,
+        accumulators,
+        base,
+        offset: cutlass.Constexpr,
+        row_scale,
+        scale_address,
+        segments,
+        bias,
+        row_weight,
+        out,
+        limit,
+        rows,
+        first_row,
+        first_column,
+        first,
+        count,
+        thread,
+        warp,
+        largest,
+    ):
+        """The epilogue without a split of K; each warpgroup by itself."""
+        config = self.config
+        lane = thread % 32
+        g, t = lane // 4, lane % 4
+        group = warp // 4
+        local_warp = warp % 4
+        local_thread = thread % WARPGROUP
+        base_address = Int32(base.toint()) + offset + group * (self.row_scale_bytes + self.staging_bytes)
+        staging = base_address + self.row_scale_bytes
+        width = rows // 2 if cutlass.const_expr(self.is_swiglu) else rows  # columns of the weight in the output
+        if cutlass.const_expr(self.is_swiglu):
+            row = first_row + warp * 8 + g
+            low_factor = self.row_factor(scale_address, segments, rows, cutlass.min(row, width - 1))
+            high_factor = self.row_factor(scale_address, segments, rows, cutlass.min(row, width - 1) + width)
+        else:
+            row = first_row + warp * 16 + g
+            low_factor = self.row_factor(scale_address, segments, rows, row)
+            high_factor = self.row_factor(scale_address, segments, rows, row + 8)
+        low_bias, high_bias = Float32(0.0), Float32(0.0)
+        if cutlass.const_expr(config.has_bias):
+            low_bias = bias[first_column + cutlass.min(row, rows - 1)]
+            high_bias = bias[first_column + cutlass.min(row + 8, rows - 1)]
+
+        self.barrier(group)  # the last reads of this memory are over
+        if cutlass.const_expr(config.has_row_scale):
+            for i in cutlass.range(local_thread, self.tokens, WARPGROUP, unroll=1):
+                scale = row_scale[cutlass.min(first + i, Int32(row_scale.shape[0]) - 1)]
+                store_shared_f32(base_address + 4 * i, 0, scale)
+            self.barrier(group)
+
+        for part in cutlass.range_constexpr(self.tokens // self.chunk):
+            packed = []
+            for j in cutlass.range_constexpr(part * self.chunk // 8, (part + 1) * self.chunk // 8):
+                c = [accumulators[4 * j + i] for i in range(4)]
+                token = 8 * j + 2 * t
+                if cutlass.const_expr(config.has_row_scale):
+                    r0, r1 = load_shared_f32x2(base_address + 8 * t, 32 * j)
+                    c = [
+                        multiply(c[0], multiply(r0, low_factor)),
+                        multiply(c[1], multiply(r1, low_factor)),
+                        multiply(c[2], multiply(r0, high_factor)),
+                        multiply(c[3], multiply(r1, high_factor)),
+                    ]
+                else:
+                    c = [multiply(c[i], low_factor if i < 2 else high_factor) for i in range(4)]
+                if cutlass.const_expr(config.has_bias):
+                    c = [add(c[i], low_bias if i < 2 else high_bias) for i in range(4)]
+                if cutlass.const_expr(self.is_swiglu):
+                    c = [self.swiglu(c[i], c[i + 2], limit) for i in range(2)]
+                    if cutlass.const_expr(config.has_row_weight):
+                        last = Int32(row_weight.shape[0]) - 1
+                        c = [multiply(c[i], row_weight[cutlass.min(first + token + i, last)]) for i in range(2)]
+                if cutlass.const_expr(config.out_dtype == "fp32"):
+                    for i in cutlass.range_constexpr(len(c)):
+                        column = row + 8 * (i // 2)
+                        if token + i % 2 < count and column < width:
+                            self.store_value(out, first + token + i % 2, first_column + column, c[i])
+                    if cutlass.const_expr(config.has_amax):
+                        largest = self.track(largest, c, token, count, row < width)
+                else:
+                    words = [self.pack(c[i], c[i + 1]) for i in range(0, len(c), 2)]
+                    packed.extend(words)
+                    if cutlass.const_expr(config.has_amax):
+                        largest = self.track(largest, self.unpack(words[0]), token, count, row < width)
+            if cutlass.const_expr(config.out_dtype != "fp32"):
+                if cutlass.const_expr(part > 0):
+                    self.barrier(group)
+                self.transpose(packed, staging, lane, local_warp)
+                self.barrier(group)
+                self.copy_out(
+                    out, staging, first, count, first_column, first_row + group * self.columns, width, local_thread,
+                    part * self.chunk,
+                )  # fmt: skip
+        return largest
+
+    def barrier(self, group):
+        cute.arch.barrier(barrier_id=group + 1, number_of_threads=WARPGROUP)
+
+    def swizzled(self, token, chunk):
+        """Offset in the staging buffer of 16 bytes (eight columns) of a token: no bank conflicts either way."""
+        if self.is_swiglu:
+            return token * 64 + ((chunk ^ ((token >> 1) & 3)) << 4)
+        return token * 128 + ((chunk ^ (token & 7)) << 4)
+
+    def transpose(self, packed, staging, lane, local_warp):
+        """stmatrix: the lanes' pairs of tokens to rows of eight columns."""
+        matrix = lane // 8
+        if self.is_swiglu:  # a register holds eight tokens of the warp's eight columns
+            count = min(4, len(packed))
+            for i in range(0, len(packed), count):
+                token = 8 * i + (matrix % count) * 8 + lane % 8
+                store_matrices_transposed(
+                    staging + self.swizzled(token, local_warp), [packed[i + k] for k in range(count)]
+                )
+        else:  # registers alternate between the warp's first and last eight columns
+            for i in range(0, len(packed), 4):
+                token = 4 * i + (matrix // 2) * 8 + lane % 8
+                store_matrices_transposed(
+                    staging + self.swizzled(token, local_warp * 2 + matrix % 2), [packed[i + k] for k in range(4)]
+                )
+
+    @cute.jit
+    def copy_out(
+        self, out, staging, first, count, first_column, column, width, local_thread, first_token: cutlass.Constexpr
+    ):
+        """Rows of the staging buffer to the output, 16 bytes at a time."""
+        chunks = self.columns // 8
+        pieces = self.chunk * chunks
+        for i in cutlass.range_constexpr((pieces + WARPGROUP - 1) // WARPGROUP):
+            piece = local_thread + i * WARPGROUP
+            token = piece // chunks
+            chunk = piece % chunks
+            words = load_shared_v4(staging + self.swizzled(cutlass.min(token, Int32(self.chunk - 1)), chunk))
+            if first_token + token < count and column + chunk * 8 < width and piece < pieces:
+                position = Int64(first + first_token + token) * Int64(out.stride[0]) + (
+                    first_column + column + chunk * 8
+                )
+                store_global_words(out.iterator.toint() + position * 2, words)
+
+    def store_value(self, out, token, column, value):
+        position = Int64(token) * Int64(out.stride[0]) + column
+        store_global_words(out.iterator.toint() + position * 4, [Int32(numerics.bits(value))])
+
+    def pack(self, low, high):
+        if self.config.out_dtype == "bf16":
+            return Int32(numerics.pack_bf16x2(low, high))
+        return Int32(numerics.pack_f16x2(low, high))
+
+    def unpack(self, word):
+        if self.config.out_dtype == "bf16":
+            return numerics.unpack_bf16x2(cutlass.Uint32(word))
+        return numerics.unpack_f16x2(cutlass.Uint32(word))
+
+    @cute.jit
+    def track(self, largest, values, token, count, is_inside):
+        """The largest finite magnitude of two neighbouring tokens' values and those before."""
+        for i in cutlass.range_constexpr(2):
+            magnitude = numerics.absolute(values[i])
+            if magnitude < INFINITY and token + i < count and is_inside:
+                largest = numerics.larger(largest, magnitude)
+        return largest
+
+    @cute.jit
+    def swiglu(self, gate, up, limit):
+        """:func:`nvfp4.swiglu` of fp32 values."""
+        gate = numerics.smaller_or_nan(gate, limit)
+        up = numerics.smaller_or_nan(numerics.larger_or_nan(up, numerics.negate(limit)), limit)
+        return multiply(self.silu(gate), up)
+
+    def silu(self, x):
+        """:func:`nvfp4.silu`: ``x / (1 + exp(-x))``, ``x * 0`` below -87."""
+        quotient = numerics.divide(x, add(1.0, numerics.exponential(numerics.negate(x))))
+        return numerics.select(x < -numerics.EXP_LIMIT, multiply(x, 0.0), quotient)
+
+    @cute.jit
+    def store_amax(self, largest, partial_amax, base, offset: cutlass.Constexpr, thread, warp):
+        """The largest of all consumer threads to this CTA's element."""
+        for shift in cutlass.range_constexpr(5):
+            largest = numerics.larger(largest, cute.arch.shuffle_sync_bfly(largest, 1 << shift))
+        address = Int32(base.toint()) + offset
+        cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=32 * CONSUMER_WARPS)
+        if thread % 32 == 0:
+            store_shared_f32(address + warp * 4, 0, largest)
+        cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=32 * CONSUMER_WARPS)
+        if thread == 0:
+            for i in cutlass.range_constexpr(CONSUMER_WARPS // 2):
+                a, b = load_shared_f32x2(address, 8 * i)
+                largest = numerics.larger(largest, numerics.larger(a, b))
+            partial_amax[cute.arch.block_idx()[0]] = largest
+
+    @cute.jit
+    def store_split(
+        self,
+        accumulators,
+        base,
+        offset: cutlass.Constexpr,
+        split_barriers,
+        row_scale,
+        scale_address,
+        segments,
+        bias,
+        out,
+        rows,
+        first_row,
+        first_column,
+        first,
+        count,
+        rank,
+        thread,
+        warp,
+        tile_count,
+    ):
+        """Partial sums to this CTA's shared memory; then each CTA adds those of all, in order, for its share of tokens."""
+        config = self.config
+        lane = thread % 32
+        g, t = lane // 4, lane % 4
+        partial = Int32(base.toint()) + offset + self.row_scale_bytes
+        member = rank % config.multicast
+        split = rank // config.multicast
+        written, read = split_barriers, split_barriers + 1
+        wait_cluster(Int32(read.toint()), (tile_count + 1) % 2)  # passes at once before the first tile
+        row = warp * 16 + g
+        for j in cutlass.range_constexpr(self.tokens // 8):
+            address = partial + 4 * ((8 * j + 2 * t) * self.pitch + row)
+            for i in cutlass.range_constexpr(4):
+                store_shared_f32(address, 4 * (i % 2 * self.pitch + 8 * (i // 2)), accumulators[4 * j + i])
+        self.arrive_all(written, member, lane)
+        wait_cluster(Int32(written.toint()), tile_count % 2)
+
+        share = self.tokens // config.splits
+        local_row = lane * 4
+        row = first_row + local_row
+        factors = [self.row_factor(scale_address, segments, rows, row + i) for i in range(4)]
+        addends = [Float32(0.0)] * 4
+        if cutlass.const_expr(config.has_bias):
+            addends = [bias[first_column + cutlass.min(row + i, rows - 1)] for i in range(4)]
+        peers = [map_to_cluster(partial, peer * config.multicast + member) for peer in range(config.splits)]
+        for i in cutlass.range((share + CONSUMER_WARPS - 1) // CONSUMER_WARPS, unroll=1):
+            token = i * CONSUMER_WARPS + warp
+            if token < share:
+                token = token + split * share
+                place = 4 * (token * self.pitch + local_row)
+                total = load_cluster_f32x4(peers[0] + place)
+                for peer in cutlass.range_constexpr(1, config.splits):
+                    other = load_cluster_f32x4(peers[peer] + place)
+                    total = [add(total[k], other[k]) for k in range(4)]
+                if token < count and row < rows:
+                    if cutlass.const_expr(config.has_row_scale):
+                        scale = row_scale[cutlass.min(first + token, Int32(row_scale.shape[0]) - 1)]
+                        total = [multiply(total[k], multiply(scale, factors[k])) for k in range(4)]
+                    else:
+                        total = [multiply(total[k], factors[k]) for k in range(4)]
+                    if cutlass.const_expr(config.has_bias):
+                        total = [add(total[k], addends[k]) for k in range(4)]
+                    position = Int64(first + token) * Int64(out.stride[0]) + (first_column + row)
+                    if cutlass.const_expr(config.out_dtype == "fp32"):
+                        words = [Int32(numerics.bits(value)) for value in total]
+                    else:
+                        words = [self.pack(total[0], total[1]), self.pack(total[2], total[3])]
+                    store_global_words(out.iterator.toint() + position * self.element_bytes, words)
+        self.arrive_all(read, member, lane)
+
+    @cute.jit
+    def arrive_all(self, barrier, member, lane):
+        """A warp arrives at the barrier of each CTA that shares its tile."""
+        config = self.config
+        cute.arch.sync_warp()
+        if lane < config.splits:
+            arrive_cluster(Int32(barrier.toint()), lane * config.multicast + member)
+

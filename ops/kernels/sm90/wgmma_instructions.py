@@ -1,0 +1,198 @@
+"""Instructions of the wgmma kernels: single bytes and words of shared memory, stmatrix, the decoding of one byte."""
+
+from cutlass import Float32, Int32, Int64
+from cutlass._mlir import ir
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import T, dsl_user_op
+
+
+def _asm(result, operands, text, constraints, side_effects, loc, ip):
+    return llvm.inline_asm(
+        result,
+        operands,
+        text,
+        constraints,
+        has_side_effects=side_effects,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+        loc=loc,
+        ip=ip,
+    )
+
+
+def _i32(values, loc, ip):
+    return [Int32(value).ir_value(loc=loc, ip=ip) for value in values]
+
+
+@dsl_user_op
+def load_shared_byte(address, offset, *, loc=None, ip=None):
+    """The byte at a shared address plus a constant, zero-extended."""
+    text = f"ld.shared.u8 $0, [$1+{offset}];"
+    return Int32(_asm(T.i32(), _i32([address], loc, ip), text, "=r,r", True, loc, ip))
+
+
+@dsl_user_op
+def load_shared_word(address, offset, *, loc=None, ip=None):
+    """The word at a shared address plus a constant."""
+    text = f"ld.shared.b32 $0, [$1+{offset}];"
+    return Int32(_asm(T.i32(), _i32([address], loc, ip), text, "=r,r", True, loc, ip))
+
+
+@dsl_user_op
+def load_shared_f32x2(address, offset, *, loc=None, ip=None):
+    """Two fp32 at an 8-byte aligned shared address plus a constant."""
+    pair = _asm(
+        ir.Type.parse("!llvm.struct<(f32, f32)>"),
+        _i32([address], loc, ip),
+        f"ld.shared.v2.f32 {{$0, $1}}, [$2+{offset}];",
+        "=f,=f,r",
+        True,
+        loc,
+        ip,
+    )
+    return tuple(Float32(llvm.extractvalue(T.f32(), pair, [i], loc=loc, ip=ip)) for i in range(2))
+
+
+@dsl_user_op
+def load_shared_v4(address, *, loc=None, ip=None):
+    """Four words from a 16-byte aligned shared address."""
+    words = _asm(
+        ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>"),
+        _i32([address], loc, ip),
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
+        "=r,=r,=r,=r,r",
+        True,
+        loc,
+        ip,
+    )
+    return tuple(Int32(llvm.extractvalue(T.i32(), words, [i], loc=loc, ip=ip)) for i in range(4))
+
+
+@dsl_user_op
+def map_to_cluster(address, rank, *, loc=None, ip=None):
+    """The address of a shared address in another CTA of the cluster."""
+    return Int32(_asm(T.i32(), _i32([address, rank], loc, ip), "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", False, loc, ip))
+
+
+@dsl_user_op
+def load_cluster_f32x4(address, *, loc=None, ip=None):
+    """Four fp32 from a 16-byte aligned address that :func:`map_to_cluster` made."""
+    values = _asm(
+        ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>"),
+        _i32([address], loc, ip),
+        "ld.shared::cluster.v4.f32 {$0, $1, $2, $3}, [$4];",
+        "=f,=f,=f,=f,r",
+        True,
+        loc,
+        ip,
+    )
+    return tuple(Float32(llvm.extractvalue(T.f32(), values, [i], loc=loc, ip=ip)) for i in range(4))
+
+
+@dsl_user_op
+def wait_cluster(barrier, phase, *, loc=None, ip=None):
+    """Waits for a phase of an mbarrier and acquires what other CTAs of the cluster wrote before they arrived."""
+    text = (
+        "{ .reg .pred p; RETRY: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$0], $1; @p bra DONE; "
+        "bra RETRY; DONE: }"
+    )
+    _asm(None, _i32([barrier, phase], loc, ip), text, "r,r,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def arrive_cluster(barrier, rank, *, loc=None, ip=None):
+    """Arrives at the mbarrier of a CTA of the cluster and releases what this thread wrote."""
+    text = (
+        "{ .reg .b32 a; mapa.shared::cluster.u32 a, $0, $1; "
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [a]; }"
+    )
+    _asm(None, _i32([barrier, rank], loc, ip), text, "r,r,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def store_shared_f32(address, offset, value, *, loc=None, ip=None):
+    """One fp32 to a shared address plus a constant."""
+    operands = [Int32(address).ir_value(loc=loc, ip=ip), Float32(value).ir_value(loc=loc, ip=ip)]
+    _asm(None, operands, f"st.shared.f32 [$0+{offset}], $1;", "r,f", True, loc, ip)
+
+
+@dsl_user_op
+def store_matrices_transposed(address, registers, *, loc=None, ip=None):
+    """stmatrix of 2 or 4 8x8 matrices of 16 bits, transposed; lane i addresses row i % 8 of matrix i // 8."""
+    count = len(registers)
+    listed = ", ".join(f"${i + 1}" for i in range(count))
+    text = f"stmatrix.sync.aligned.m8n8.x{count}.trans.shared.b16 [$0], {{{listed}}};"
+    _asm(None, _i32([address, *registers], loc, ip), text, "r" + ",r" * count, True, loc, ip)
+
+
+@dsl_user_op
+def load_global_i32(address, *, loc=None, ip=None):
+    """One int32 from a global address."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip)]
+    return Int32(_asm(T.i32(), operands, "ld.global.b32 $0, [$1];", "=r,l", True, loc, ip))
+
+
+@dsl_user_op
+def load_global_f32(address, *, loc=None, ip=None):
+    """One fp32 from a global address."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip)]
+    return Float32(_asm(T.f32(), operands, "ld.global.f32 $0, [$1];", "=f,l", True, loc, ip))
+
+
+@dsl_user_op
+def store_global_words(address, words, *, loc=None, ip=None):
+    """1, 2 or 4 words to a global address aligned to their size."""
+    count = len(words)
+    operands = [Int64(address).ir_value(loc=loc, ip=ip), *_i32(words, loc, ip)]
+    registers = ", ".join(f"${i + 1}" for i in range(count))
+    vector = "" if count == 1 else f".v{count}"
+    target = registers if count == 1 else f"{{{registers}}}"
+    _asm(None, operands, f"st.global{vector}.b32 [$0], {target};", "l" + ",r" * count, True, loc, ip)
+
+
+@dsl_user_op
+def multiply_bf16x2(a, b, *, loc=None, ip=None):
+    """Two bf16 products, each rounded to nearest even; subnormals are kept."""
+    return Int32(_asm(T.i32(), _i32([a, b], loc, ip), "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", False, loc, ip))
+
+
+@dsl_user_op
+def permute(a, b, selector, *, loc=None, ip=None):
+    """Four bytes picked from the eight of (b, a)."""
+    return Int32(_asm(T.i32(), _i32([a, b, selector], loc, ip), "prmt.b32 $0, $1, $2, $3;", "=r,r,r,n", False, loc, ip))
+
+
+@dsl_user_op
+def multiply_word(a, constant, *, loc=None, ip=None):
+    """The low word of a product; kept a multiplication, which runs beside the logic operations that follow."""
+    return Int32(_asm(T.i32(), _i32([a, constant], loc, ip), "mul.lo.u32 $0, $1, $2;", "=r,r,n", False, loc, ip))
+
+
+@dsl_user_op
+def multiply_add_word(a, constant, addend, *, loc=None, ip=None):
+    """The low word of ``a * constant + addend``."""
+    operands = _i32([a, constant, addend], loc, ip)
+    return Int32(_asm(T.i32(), operands, "mad.lo.u32 $0, $1, $2, $3;", "=r,r,n,r", False, loc, ip))
+
+
+def decode_byte(byte, factor):
+    """The two e2m1 codes of a byte to a bf16x2 register, the low nibble's value low, each times ``factor``.
+
+    One product carries both signs to bits 15 and 31, the other both magnitudes to the lowest exponent bits and the
+    highest mantissa bit: the value times 2^-126, 0.5 being a subnormal.
+    """
+    signs = multiply_word(byte, 0x01001000) & Int32(-0x7FFF8000)
+    return multiply_bf16x2((multiply_word(byte, 0x00040040) & Int32(0x01C001C0)) | signs, factor)
+
+
+def scale_pair(word, half):
+    """The e4m3 bytes 2 half and 2 half + 1 of a word to two bf16x2 registers of ``scale * 2^112`` twice each; NaN stays.
+
+    A byte times 16 is the scale times 2^-120 as bf16, subnormal scales included. 0x7F comes out as 480 * 2^112, whose
+    exponent lacks one bit of all ones; 8 * 0x7F + 8 is just that bit.
+    """
+    spread = permute(word, Int32(0), Int32(0x4140 if half == 0 else 0x4342))
+    power = Int32(0x79807980)  # 2^116 twice
+    both = multiply_bf16x2(multiply_bf16x2(multiply_word(spread, 16), power), power)
+    both = both | (multiply_add_word(spread, 8, Int32(0x00080008)) & Int32(0x04000400))
+    return permute(both, both, Int32(0x1010)), permute(both, both, Int32(0x3232))

@@ -1,0 +1,650 @@
+"""bf16 activations times packed weights with wgmma, weights decoded in registers straight from the checkpoint's layout.
+
+Operands are swapped: 64 weight rows are the M side of a warpgroup's wgmma, with A in registers, and the tokens are its N
+side, read from shared memory as TMA wrote them. A CTA has two such warpgroups (128 weight rows) and one whose first two
+warps load: one the weights (codes and block scales, 256 of K a stage), one the activations (64 of K a stage).
+
+A lane (g, t) of a warp holds rows g and g + 8 of the fragment, of each 16-block the elements 2t, 2t + 1 and 2t + 8,
+2t + 9: bytes t and t + 4 of the block's eight. It loads each byte by itself, which costs no more bandwidth than wider
+loads that a quad repeats. Multiplied by two powers of two the byte's nibbles land in the two halves of a register twice,
+once with their signs and once with their magnitudes in place; a mask each and one multiplication by the block scale
+make two exact bf16. All of that overlaps with the wgmma before it.
+
+The accumulators hold weight rows along the lanes; the epilogue transposes them through shared memory, so that a token's
+outputs are stored 16 bytes at a time.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float8E4M3FN, Float16, Float32, Int32, Int64, Uint8
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+from dsv4_compile.ops.kernels.sm90.wgmma_epilogue import Epilogue
+from dsv4_compile.ops.kernels.sm90.wgmma_instructions import (
+    decode_byte,
+    load_global_i32,
+    load_shared_byte,
+    load_shared_word,
+    scale_pair,
+)
+
+STAGE_K = 256  # of a weight stage
+CODE_BYTES = STAGE_K // 2
+SCALE_BYTES = STAGE_K // 16
+STEP_K = 64  # of an activation stage: 128 bytes a token, one swizzle atom
+STEPS = STAGE_K // STEP_K
+GROUP = 2  # k16 steps that are decoded, then multiplied, together
+GROUPS = STEP_K // 16 // GROUP  # a step of K
+HALF_ROWS = 64
+BLOCK_ROWS = 2 * HALF_ROWS
+CONSUMER_WARPS = 8
+THREADS = 32 * CONSUMER_WARPS + 128
+WEIGHT_WARP, ACTIVATION_WARP = CONSUMER_WARPS, CONSUMER_WARPS + 1
+TOKEN_BAND = 8  # token tiles that are walked before the next weight rows
+SHARED_BYTES = 227 * 1024
+BARRIER_BYTES = 1024
+MAX_WEIGHT_STAGES, MAX_ACTIVATION_STAGES = 8, 12
+OUT_DTYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
+
+CONSUMER_REGISTERS = 240
+PRODUCER_REGISTERS = 24
+
+
+class WgmmaW4:
+    def __init__(self, config):
+        self.config = config
+        self.tokens = config.tile_tokens
+        self.is_grouped = config.mode != "dense"
+        self.is_swiglu = config.mode == "swiglu"
+        self.cluster = config.multicast * config.splits
+        self.epilogue = Epilogue(config)
+        self.load_tokens = self.tokens // config.multicast  # that one CTA loads
+        self.activation_bytes = self.tokens * STEP_K * 2
+        self.weight_bytes = BLOCK_ROWS * (CODE_BYTES + SCALE_BYTES)
+        room = SHARED_BYTES - BARRIER_BYTES - self.epilogue.shared_bytes
+        # Both rings reach equally far ahead in K, at least 128 of activations and one weight stage beyond the first.
+        self.weight_stages = min(MAX_WEIGHT_STAGES, max(2, room // (self.weight_bytes + STEPS * self.activation_bytes)))
+        if self.tokens == 256:
+            self.weight_stages = 3 if room >= 3 * self.weight_bytes + 4 * self.activation_bytes else 2
+        self.activation_stages = min(
+            MAX_ACTIVATION_STAGES, (room - self.weight_stages * self.weight_bytes) // self.activation_bytes
+        )
+        # The exponents: see decode_byte and scale_pair.
+        self.activation_offset = BARRIER_BYTES
+        self.code_offset = self.activation_offset + self.activation_stages * self.activation_bytes
+        self.scale_offset = self.code_offset + self.weight_stages * BLOCK_ROWS * CODE_BYTES
+        self.epilogue_offset = self.scale_offset + self.weight_stages * BLOCK_ROWS * SCALE_BYTES
+        self.shared_bytes = self.epilogue_offset + self.epilogue.shared_bytes
+        assert self.activation_stages >= 2 and self.shared_bytes <= SHARED_BYTES
+
+    # Entry points
+
+    @cute.jit
+    def dense(
+        self,
+        x: cute.Tensor,
+        row_scale: cute.Tensor,
+        codes: list,
+        scales: list,
+        global_scales: list,
+        bias: cute.Tensor,
+        out: cute.Tensor,
+        num_ctas: Int32,
+        stream,
+    ):
+        """See ``ops/dispatch/nvfp4_mm.py``."""
+        self.launch(x, row_scale, codes, scales, global_scales, x, bias, bias, bias, out, Float32(0.0), num_ctas, stream)
+
+    @cute.jit
+    def grouped(
+        self,
+        x: cute.Tensor,
+        row_scale: cute.Tensor,
+        codes: cute.Tensor,
+        scales: cute.Tensor,
+        global_scale: cute.Tensor,
+        schedule: cute.Tensor,
+        out: cute.Tensor,
+        row_weight: cute.Tensor,
+        partial_amax: cute.Tensor,
+        limit: Float32,
+        num_ctas: Int32,
+        stream,
+    ):
+        """See ``ops/dispatch/grouped_wgmma.py``."""
+        experts_last = [1, 2, 0]
+        self.launch(
+            x,
+            row_scale,
+            [cute.make_tensor(codes.iterator, cute.select(codes.layout, mode=experts_last))],
+            [cute.make_tensor(scales.iterator, cute.select(scales.layout, mode=experts_last))],
+            [global_scale],
+            schedule,
+            row_scale,
+            row_weight,
+            partial_amax,
+            out,
+            limit,
+            num_ctas,
+            stream,
+        )
+
+    @cute.jit
+    def launch(
+        self,
+        x,
+        row_scale,
+        codes,
+        scales,
+        global_scales,
+        schedule,
+        bias,
+        row_weight,
+        partial_amax,
+        out,
+        limit,
+        num_ctas,
+        stream,
+    ):
+        config = self.config
+        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
+        load_layout = cute.tile_to_shape(atom, (self.load_tokens, STEP_K), order=(0, 1))
+        load = cpasync.CopyBulkTensorTileG2SOp()
+        x_load = cpasync.CopyBulkTensorTileG2SMulticastOp() if config.multicast > 1 else load
+        x_map = cpasync.make_tiled_tma_atom(x_load, x, load_layout, (self.load_tokens, STEP_K))
+        code_layout = cute.make_composed_layout(
+            cute.make_swizzle(3, 4, 3), 0, cute.make_layout((HALF_ROWS, CODE_BYTES), stride=(CODE_BYTES, 1))
+        )
+        scale_layout = cute.make_layout((HALF_ROWS, SCALE_BYTES), stride=(SCALE_BYTES, 1))
+        code_maps = []
+        scale_maps = []
+        for i in cutlass.range_constexpr(config.num_weights):
+            code_maps.append(cpasync.make_tiled_tma_atom(load, codes[i], code_layout, (HALF_ROWS, CODE_BYTES)))
+            scale_maps.append(
+                cpasync.make_tiled_tma_atom(
+                    load, cute.recast_tensor(scales[i], Uint8), scale_layout, (HALF_ROWS, SCALE_BYTES)
+                )
+            )
+        mma = cute.make_tiled_mma(
+            warpgroup.MmaF16BF16Op(
+                BFloat16,
+                Float32,
+                (HALF_ROWS, self.tokens, 16),
+                warpgroup.OperandSource.RMEM,
+                OperandMajorMode.K,
+                OperandMajorMode.K,
+            )
+        )
+        self.kernel(
+            mma,
+            x_map[0],
+            x_map[1],
+            [m[0] for m in code_maps],
+            [m[1] for m in code_maps],
+            [m[0] for m in scale_maps],
+            [m[1] for m in scale_maps],
+            row_scale,
+            global_scales,
+            schedule,
+            bias,
+            row_weight,
+            partial_amax,
+            out,
+            limit,
+        ).launch(
+            grid=[num_ctas // self.cluster * self.cluster, 1, 1],
+            block=[THREADS, 1, 1],
+            cluster=[self.cluster, 1, 1],
+            smem=self.shared_bytes,
+            min_blocks_per_mp=1,
+            stream=stream,
+            use_pdl=True,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        mma: cute.TiledMma,
+        x_atom: cute.CopyAtom,
+        x_tensor: cute.Tensor,
+        code_atoms: list,
+        code_tensors: list,
+        scale_atoms: list,
+        scale_tensors: list,
+        row_scale: cute.Tensor,
+        global_scales: list,
+        schedule: cute.Tensor,
+        bias: cute.Tensor,
+        row_weight: cute.Tensor,
+        partial_amax: cute.Tensor,
+        out: cute.Tensor,
+        limit: Float32,
+    ):
+        config = self.config
+        thread = cute.arch.thread_idx()[0]
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        rank = cute.arch.block_idx()[0] % self.cluster
+        base = cute.arch.get_dyn_smem(Uint8, alignment=1024)
+        barriers = cute.recast_ptr(base, dtype=Int64)  # weights full, empty; activations full, empty; splits
+        weight_full, weight_empty = barriers, barriers + self.weight_stages
+        x_full = weight_empty + self.weight_stages
+        x_empty = x_full + self.activation_stages
+        split_barriers = x_empty + self.activation_stages
+
+        cute.arch.griddepcontrol_launch_dependents()
+        if thread == 0:
+            for i in cutlass.range_constexpr(self.weight_stages):
+                cute.arch.mbarrier_init(weight_full + i, 1)
+                cute.arch.mbarrier_init(weight_empty + i, CONSUMER_WARPS)
+            for i in cutlass.range_constexpr(self.activation_stages):
+                cute.arch.mbarrier_init(x_full + i, 1)
+                cute.arch.mbarrier_init(x_empty + i, CONSUMER_WARPS * config.multicast)
+            for i in cutlass.range_constexpr(2):
+                cute.arch.mbarrier_init(split_barriers + i, CONSUMER_WARPS * config.splits)
+            cute.arch.mbarrier_init_fence()
+        if cutlass.const_expr(self.cluster > 1):
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
+
+        # Row blocks (of a cluster), those of all weights one after the other.
+        block_ends = []
+        blocks = Int32(0)
+        rows_per_block = (HALF_ROWS if self.is_swiglu else BLOCK_ROWS) * config.multicast
+        for i in cutlass.range_constexpr(config.num_weights):
+            rows = Int32(code_tensors[i].shape[0])
+            if cutlass.const_expr(self.is_swiglu):
+                rows = rows // 2
+            blocks = blocks + (rows + rows_per_block - 1) // rows_per_block
+            block_ends.append(blocks)
+        stages = Int32(x_tensor.shape[1]) // STAGE_K
+        first_stage = Int32(0)
+        if cutlass.const_expr(config.splits > 1):
+            split = rank // config.multicast
+            first_stage = stages * split // config.splits
+            stages = stages * (split + 1) // config.splits - first_stage
+        cluster_id = cute.arch.block_idx()[0] // self.cluster
+        num_clusters = cute.arch.grid_dim()[0] // self.cluster
+
+        if warp >= CONSUMER_WARPS:
+            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            if warp == WEIGHT_WARP:
+                self.load_weights(
+                    code_atoms, code_tensors, scale_atoms, scale_tensors, schedule, base, weight_full, weight_empty,
+                    block_ends, first_stage, stages, cluster_id, num_clusters, rank, out,
+                )  # fmt: skip
+            if warp == ACTIVATION_WARP:
+                self.load_activations(
+                    x_atom, x_tensor, schedule, base, x_full, x_empty, block_ends, first_stage, stages, cluster_id,
+                    num_clusters, rank, out,
+                )  # fmt: skip
+        else:
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            self.consume(
+                mma, code_tensors, row_scale, global_scales, schedule, bias, row_weight, partial_amax, out, limit, base,
+                weight_full, weight_empty, x_full, x_empty, split_barriers, block_ends, stages, cluster_id,
+                num_clusters, rank, thread, warp,
+            )  # fmt: skip
+        if cutlass.const_expr(self.cluster > 1):  # no CTA leaves while another may write to it
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+
+    # Tiles
+
+    @cute.jit
+    def num_tiles(self, schedule, block_ends, out):
+        """Tiles of all clusters. With a schedule: reads it."""
+        if cutlass.const_expr(self.is_grouped):
+            count = load_global_i32(schedule.iterator.toint())
+        else:
+            count = (Int32(out.shape[0]) + self.tokens - 1) // self.tokens
+        return count * block_ends[-1]
+
+    @cute.jit
+    def tile(self, index, schedule, block_ends, out):
+        """(row block, first token, number of tokens, expert) of a tile."""
+        blocks = block_ends[-1]
+        if cutlass.const_expr(self.is_grouped):
+            entry = schedule.iterator.toint() + Int64(index // blocks + 1) * 16
+            expert = load_global_i32(entry)
+            first = load_global_i32(entry + 4)
+            count = load_global_i32(entry + 8)
+            block = index % blocks
+        else:
+            tokens = Int32(out.shape[0])
+            token_tiles = (tokens + self.tokens - 1) // self.tokens
+            band = index // (TOKEN_BAND * blocks)
+            rest = index - band * (TOKEN_BAND * blocks)
+            width = cutlass.min(Int32(TOKEN_BAND), token_tiles - band * TOKEN_BAND)
+            block = rest // width
+            first = (band * TOKEN_BAND + rest % width) * self.tokens
+            count = cutlass.min(Int32(self.tokens), tokens - first)
+            expert = Int32(0)
+        return block, first, count, expert
+
+    # Loads
+
+    @cute.jit
+    def load_weights(
+        self, code_atoms, code_tensors, scale_atoms, scale_tensors, schedule, base, full, empty, block_ends,
+        first_stage, stages, cluster_id, num_clusters, rank, out,
+    ):  # fmt: skip
+        """One warp: codes and block scales by TMA, each stage in two halves of 64 rows."""
+        config = self.config
+        code_ring = cute.make_tensor(
+            cute.recast_ptr(
+                (base + self.code_offset).align(1024), swizzle_=cute.make_swizzle(3, 4, 3), dtype=Uint8
+            ),
+            cute.make_layout(
+                (HALF_ROWS, CODE_BYTES, 2 * self.weight_stages), stride=(CODE_BYTES, 1, HALF_ROWS * CODE_BYTES)
+            ),
+        )
+        scale_ring = cute.make_tensor(
+            (base + self.scale_offset).align(128),
+            cute.make_layout(
+                (HALF_ROWS, SCALE_BYTES, 2 * self.weight_stages), stride=(SCALE_BYTES, 1, HALF_ROWS * SCALE_BYTES)
+            ),
+        )
+        if cutlass.const_expr(self.is_grouped):
+            cute.arch.griddepcontrol_wait()  # for the schedule
+        slot = Int32(0)
+        phase = Int32(1)  # an empty barrier nobody has waited for yet counts as completed
+        tiles = self.num_tiles(schedule, block_ends, out)
+        for index in cutlass.range(cluster_id, tiles, num_clusters, unroll=1):
+            block, first, count, expert = self.tile(index, schedule, block_ends, out)
+            start = Int32(0)
+            for i in cutlass.range_constexpr(config.num_weights):
+                if block >= start and block < block_ends[i]:
+                    row = ((block - start) * config.multicast + rank % config.multicast) * (
+                        HALF_ROWS if self.is_swiglu else BLOCK_ROWS
+                    )
+                    second = Int32(HALF_ROWS)
+                    if cutlass.const_expr(self.is_swiglu):
+                        second = Int32(code_tensors[i].shape[0]) // 2
+                    halves = []
+                    for half in cutlass.range_constexpr(2):
+                        pair = []
+                        for tensor, smem, width, atom in (
+                            (code_tensors[i], code_ring, CODE_BYTES, code_atoms[i]),
+                            (scale_tensors[i], scale_ring, SCALE_BYTES, scale_atoms[i]),
+                        ):
+                            if cutlass.const_expr(self.is_grouped):
+                                moved = cute.domain_offset((row + half * second, 0, 0), tensor)
+                                tiled = cute.local_tile(moved, (HALF_ROWS, width), (0, None, expert))
+                            else:
+                                moved = cute.domain_offset((row + half * second, 0), tensor)
+                                tiled = cute.local_tile(moved, (HALF_ROWS, width), (0, None))
+                            pair.append(
+                                cpasync.tma_partition(
+                                    atom,
+                                    0,
+                                    cute.make_layout(1),
+                                    cute.group_modes(smem, 0, 2),
+                                    cute.group_modes(tiled, 0, 2),
+                                )
+                            )
+                        halves.append(pair)
+                    for stage in cutlass.range(stages, unroll=1):
+                        cute.arch.mbarrier_wait(empty + slot, phase)
+                        with cute.arch.elect_one():
+                            cute.arch.mbarrier_arrive_and_expect_tx(full + slot, self.weight_bytes)
+                        for half in cutlass.range_constexpr(2):
+                            for part, atom in ((0, code_atoms[i]), (1, scale_atoms[i])):
+                                smem, gmem = halves[half][part]
+                                cute.copy(
+                                    atom,
+                                    gmem[(None, first_stage + stage)],
+                                    smem[(None, slot * 2 + half)],
+                                    tma_bar_ptr=full + slot,
+                                )
+                        slot = slot + 1
+                        if slot == self.weight_stages:
+                            slot = Int32(0)
+                            phase = phase ^ 1
+                start = block_ends[i]
+
+    @cute.jit
+    def load_activations(
+        self, x_atom, x_tensor, schedule, base, full, empty, block_ends, first_stage, stages, cluster_id, num_clusters,
+        rank, out,
+    ):  # fmt: skip
+        """One warp: activations by TMA; with multicast each CTA of a pair loads half the tokens for both."""
+        config = self.config
+        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
+        layout = cute.tile_to_shape(
+            atom, (self.load_tokens, STEP_K, self.activation_stages * config.multicast), order=(0, 1, 2)
+        )
+        ring = cute.make_tensor(
+            cute.recast_ptr((base + self.activation_offset).align(1024), swizzle_=layout.inner, dtype=BFloat16),
+            layout.outer,
+        )
+        member = rank % config.multicast
+        mask = Int32((1 << config.multicast) - 1) << (rank - member)
+        cute.arch.griddepcontrol_wait()
+        slot = Int32(0)
+        phase = Int32(1)
+        tiles = self.num_tiles(schedule, block_ends, out)
+        for index in cutlass.range(cluster_id, tiles, num_clusters, unroll=1):
+            block, first, count, expert = self.tile(index, schedule, block_ends, out)
+            moved = cute.domain_offset((first + member * self.load_tokens, 0), x_tensor)
+            smem, gmem = cpasync.tma_partition(
+                x_atom,
+                0,
+                cute.make_layout(1),
+                cute.group_modes(ring, 0, 2),
+                cute.group_modes(cute.local_tile(moved, (self.load_tokens, STEP_K), (0, None)), 0, 2),
+            )
+            for step in cutlass.range(first_stage * STEPS, (first_stage + stages) * STEPS, unroll=1):
+                cute.arch.mbarrier_wait(empty + slot, phase)
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + slot, self.activation_bytes)
+                if cutlass.const_expr(config.multicast > 1):
+                    cute.copy(
+                        x_atom,
+                        gmem[(None, step)],
+                        smem[(None, slot * config.multicast + member)],
+                        tma_bar_ptr=full + slot,
+                        mcast_mask=cutlass.Int16(mask),
+                    )
+                else:
+                    cute.copy(x_atom, gmem[(None, step)], smem[(None, slot)], tma_bar_ptr=full + slot)
+                slot = slot + 1
+                if slot == self.activation_stages:
+                    slot = Int32(0)
+                    phase = phase ^ 1
+
+    # Products
+
+    @cute.jit
+    def consume(
+        self, mma, code_tensors, row_scale, global_scales, schedule, bias, row_weight, partial_amax, out, limit, base,
+        weight_full, weight_empty, x_full, x_empty, split_barriers, block_ends, stages, cluster_id, num_clusters, rank,
+        thread, warp,
+    ):  # fmt: skip
+        """Two warpgroups: decode, multiply, store."""
+        config = self.config
+        lane = thread % 32
+        g, t = lane // 4, lane % 4
+        # The shared rows of the fragment's rows g and g + 8: neighbouring groups of eight, or a gate and its up row.
+        if cutlass.const_expr(self.is_swiglu):
+            row = warp * 8 + g
+            second = HALF_ROWS
+        else:
+            row = warp * 16 + g
+            second = 8
+        code_lane = Int32((base + self.code_offset).toint()) + row * CODE_BYTES + g * 16 + t
+        scale_lane = Int32((base + self.scale_offset).toint()) + row * SCALE_BYTES
+
+        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
+        layout = cute.tile_to_shape(atom, (self.tokens, STEP_K, self.activation_stages), order=(0, 1, 2))
+        ring = cute.make_tensor(
+            cute.recast_ptr((base + self.activation_offset).align(1024), swizzle_=layout.inner, dtype=BFloat16),
+            layout.outer,
+        )
+        thread_mma = mma.get_slice(thread % 128)
+        b = thread_mma.make_fragment_B(thread_mma.partition_B(ring))
+        accumulators = cute.make_rmem_tensor(mma.partition_shape_C((HALF_ROWS, self.tokens)), Float32)
+        fragments = []
+        words = []
+        for i in cutlass.range_constexpr(2):
+            fragment = cute.make_rmem_tensor(mma.partition_shape_A((HALF_ROWS, 16 * GROUP)), BFloat16)
+            fragments.append(fragment)
+            words.append(cute.recast_tensor(fragment, Int32))
+
+        weight_slot, weight_phase = Int32(0), Int32(0)
+        x_slot, x_phase = Int32(0), Int32(0)
+        tile_count = Int32(0)
+        largest = Float32(0.0)
+        if cutlass.const_expr(self.is_grouped):
+            cute.arch.griddepcontrol_wait()
+        tiles = self.num_tiles(schedule, block_ends, out)
+        mma.set(warpgroup.Field.ACCUMULATE, True)
+        for index in cutlass.range(cluster_id, tiles, num_clusters, unroll=1):
+            block, first, count, expert = self.tile(index, schedule, block_ends, out)
+            accumulators.fill(0.0)
+            last_slot = Int32(0)
+            for stage in cutlass.range(stages, unroll=1):
+                cute.arch.mbarrier_wait(weight_full + weight_slot, weight_phase)
+                codes = code_lane + weight_slot * (BLOCK_ROWS * CODE_BYTES)
+                scales = scale_lane + weight_slot * (BLOCK_ROWS * SCALE_BYTES)
+                nibbles = self.load_codes(codes, 0, second)
+                for step in cutlass.range_constexpr(STEPS):
+                    scale_words = [load_shared_word(scales + i * second * SCALE_BYTES, step * 4) for i in range(2)]
+                    for group in cutlass.range_constexpr(GROUPS):
+                        position = step * GROUPS + group
+                        current = nibbles
+                        if cutlass.const_expr(position + 1 < STEPS * GROUPS):
+                            nibbles = self.load_codes(codes, position + 1, second)
+                        target = words[position % 2]
+                        self.decode(current, [scale_pair(word, group) for word in scale_words], target)
+                        if cutlass.const_expr(position + 1 == STEPS * GROUPS):
+                            with cute.arch.elect_one():
+                                cute.arch.mbarrier_arrive(weight_empty + weight_slot)
+                        if cutlass.const_expr(group == 0):
+                            cute.arch.mbarrier_wait(x_full + x_slot, x_phase)
+                        warpgroup.fence()
+                        for k in cutlass.range_constexpr(GROUP):
+                            cute.gemm(
+                                mma,
+                                accumulators,
+                                fragments[position % 2][None, None, k],
+                                b[None, None, group * GROUP + k, x_slot],
+                                accumulators,
+                            )
+                        warpgroup.commit_group()
+                        warpgroup.wait_group(1)
+                        if cutlass.const_expr(group == 0):  # the wgmmas of the stage before are done
+                            if cutlass.const_expr(step > 0):
+                                self.release(x_empty + last_slot, rank)
+                            elif stage > 0:
+                                self.release(x_empty + last_slot, rank)
+                            last_slot = x_slot
+                    x_slot = x_slot + 1
+                    if x_slot == self.activation_stages:
+                        x_slot = Int32(0)
+                        x_phase = x_phase ^ 1
+                weight_slot = weight_slot + 1
+                if weight_slot == self.weight_stages:
+                    weight_slot = Int32(0)
+                    weight_phase = weight_phase ^ 1
+            warpgroup.wait_group(0)
+            if stages > 0:
+                self.release(x_empty + last_slot, rank)
+
+            if cutlass.const_expr(not self.is_grouped):
+                cute.arch.griddepcontrol_wait()  # before anything but the weights is read or written
+            start = Int32(0)
+            column = Int32(0)
+            scale_address = Int64(0)
+            segments = Int32(1)
+            rows = Int32(0)
+            first_column = Int32(0)
+            first_row = Int32(0)
+            for i in cutlass.range_constexpr(config.num_weights):
+                weight_rows = Int32(code_tensors[i].shape[0])
+                if block >= start and block < block_ends[i]:
+                    scale_address = global_scales[i].iterator.toint()
+                    segments = Int32(global_scales[i].shape[1]) if self.is_grouped else Int32(global_scales[i].shape[0])
+                    rows = weight_rows
+                    first_column = column
+                    first_row = ((block - start) * config.multicast + rank % config.multicast) * (
+                        HALF_ROWS if self.is_swiglu else BLOCK_ROWS
+                    )
+                start = block_ends[i]
+                column = column + weight_rows
+            if cutlass.const_expr(self.is_grouped):
+                scale_address = scale_address + Int64(
+                    cutlass.min(expert, Int32(global_scales[0].shape[0]) - 1) * segments
+                ) * 4
+            largest = self.epilogue.store(
+                accumulators, base, self.epilogue_offset, split_barriers, row_scale, scale_address, segments, bias,
+                row_weight, out, limit, rows, first_row, first_column, first, count, rank, thread, warp, tile_count,
+                largest,
+            )  # fmt: skip
+            tile_count = tile_count + 1
+        if cutlass.const_expr(config.has_amax):
+            cute.arch.griddepcontrol_wait()
+            self.epilogue.store_amax(largest, partial_amax, base, self.epilogue_offset, thread, warp)
+
+    def load_codes(self, codes, position, second):
+        """The lane's bytes of two k16 steps, 16 bytes of a row: for each step rows (g, g + 8) of k 2t, then of 2t + 8."""
+        chunk = codes ^ Int32(position << 4)
+        return [
+            [load_shared_byte(chunk, 8 * k + 4 * high + i * second * CODE_BYTES) for high in range(2) for i in range(2)]
+            for k in range(GROUP)
+        ]
+
+    def decode(self, nibbles, factors, target):
+        """Writes the registers of ``GROUP`` A fragments; ``factors[i][k]`` is the scale of row i in step k."""
+        for k in range(GROUP):
+            for j in range(4):
+                target[4 * k + j] = decode_byte(nibbles[k][j], factors[j % 2][k])
+
+    @cute.jit
+    def release(self, barrier, rank):
+        """A warp is done with an activation stage: tells every CTA that loads into it."""
+        if cutlass.const_expr(self.config.multicast > 1):
+            lane = cute.arch.lane_idx()
+            if lane < self.config.multicast:
+                peer = rank // self.config.multicast * self.config.multicast + lane
+                cute.arch.mbarrier_arrive(barrier, peer)
+        else:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(barrier)
+
+
+def build(config):
+    """The jit function of a configuration and fake arguments: see ``ops/dispatch/wgmma_w4.py``."""
+    kernel = WgmmaW4(config)
+    out_dtype = OUT_DTYPES[config.out_dtype]
+    columns = cute.sym_int32(divisibility=8)
+    rows = cute.sym_int32()
+    k = cute.sym_int32(divisibility=STAGE_K)
+    x = make_fake_tensor(BFloat16, (rows, k), (cute.sym_int64(divisibility=8), 1), assumed_align=16)
+    out = make_fake_tensor(
+        out_dtype, (cute.sym_int32(), columns), (cute.sym_int64(divisibility=8), 1), assumed_align=16
+    )
+    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
+
+    def vector():
+        return make_fake_tensor(Float32, (cute.sym_int32(),), (1,), assumed_align=4)
+
+    def matrix(dtype, width, lead):
+        strides = tuple(cute.sym_int64(divisibility=16) for _ in range(lead + 1))
+        shape = tuple(cute.sym_int32() for _ in range(lead + 1))
+        return make_fake_tensor(dtype, (*shape, cute.sym_int32(divisibility=width)), (*strides, 1), assumed_align=16)
+
+    if config.mode == "dense":
+        count = range(config.num_weights)
+        codes = [matrix(Uint8, CODE_BYTES, 0) for _ in count]
+        scales = [matrix(Float8E4M3FN, SCALE_BYTES, 0) for _ in count]
+        return kernel.dense, (x, vector(), codes, scales, [vector() for _ in count], vector(), out, Int32(1), stream)
+    schedule = make_fake_tensor(Int32, (cute.sym_int32(), 4), (4, 1), assumed_align=16)
+    segments = cute.sym_int32()
+    global_scale = make_fake_tensor(Float32, (cute.sym_int32(), segments), (segments, 1), assumed_align=4)
+    return kernel.grouped, (
+        x, vector(), matrix(Uint8, CODE_BYTES, 1), matrix(Float8E4M3FN, SCALE_BYTES, 1), global_scale, schedule, out,
+        vector(), vector(), Float32(0.0), Int32(1), stream,
+    )  # fmt: skip
