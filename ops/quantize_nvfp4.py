@@ -5,28 +5,41 @@ from __future__ import annotations
 from torch import Tensor
 
 from dsv4_compile import nvfp4
+from dsv4_compile.ops.dispatch import quantize_nvfp4 as dispatch
 from dsv4_compile.ops.registration import allocate_packed, check_granularity, check_quantizable, define
 
 OP = "quantize_nvfp4"
 
 
-def allocate(x: Tensor, granularity: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Checks the arguments and returns uninitialised outputs."""
+def check(x: Tensor, granularity: str) -> None:
+    """Checks the arguments."""
     check_quantizable(OP, "x", x)
     check_granularity(OP, granularity)
+
+
+def allocate(x: Tensor, granularity: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Checks the arguments and returns uninitialised outputs."""
+    check(x, granularity)
     return allocate_packed(x, granularity)
 
 
 def reference(x: Tensor, granularity: str) -> tuple[Tensor, Tensor, Tensor]:
     """CPU kernel. The roundings that matter, and their order, are those of :mod:`dsv4_compile.nvfp4`."""
-    allocate(x, granularity)
+    check(x, granularity)
     return nvfp4.quantize(x, granularity)
+
+
+def cuda(x: Tensor, granularity: str) -> tuple[Tensor, Tensor, Tensor]:
+    """GPU kernel: bitwise the reference."""
+    check(x, granularity)
+    return dispatch.quantize_nvfp4(x, granularity)
 
 
 _op = define(
     f"{OP}(Tensor x, str granularity) -> (Tensor codes, Tensor block_scales, Tensor global_scale)",
     fake=allocate,
     cpu=reference,
+    cuda=cuda,
 )
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv4_compile import nvfp4
+from dsv4_compile.ops.dispatch import rms_norm_quantize_nvfp4 as dispatch
 from dsv4_compile.ops.registration import (
     FLOAT_DTYPES,
     allocate_packed,
@@ -18,8 +19,8 @@ from dsv4_compile.ops.registration import (
 OP = "rms_norm_quantize_nvfp4"
 
 
-def allocate(x: Tensor, weight: Tensor | None, eps: float, granularity: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Checks the arguments and returns uninitialised outputs."""
+def check(x: Tensor, weight: Tensor | None, eps: float, granularity: str) -> None:
+    """Checks the arguments."""
     check_quantizable(OP, "x", x)
     if weight is not None:
         check_dtype(OP, "weight", weight, FLOAT_DTYPES)
@@ -29,6 +30,11 @@ def allocate(x: Tensor, weight: Tensor | None, eps: float, granularity: str) -> 
         )
     torch._check(eps >= 0, lambda: f"{OP}: eps must be non-negative, got {eps}")
     check_granularity(OP, granularity)
+
+
+def allocate(x: Tensor, weight: Tensor | None, eps: float, granularity: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Checks the arguments and returns uninitialised outputs."""
+    check(x, weight, eps, granularity)
     return allocate_packed(x, granularity)
 
 
@@ -57,7 +63,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def reference(x: Tensor, weight: Tensor | None, eps: float, granularity: str) -> tuple[Tensor, Tensor, Tensor]:
     """CPU kernel: :func:`rms_norm`, quantised from its rounded result, so bitwise what quantising that result gives."""
-    allocate(x, weight, eps, granularity)
+    check(x, weight, eps, granularity)
     return nvfp4.quantize(rms_norm(x, weight, eps), granularity)
 
 
@@ -65,9 +71,23 @@ def reference_with_norm(
     x: Tensor, weight: Tensor | None, eps: float, granularity: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """CPU kernel: as :func:`reference`, the normalised tensor first."""
-    allocate(x, weight, eps, granularity)
+    check(x, weight, eps, granularity)
     norm = rms_norm(x, weight, eps)
     return norm, *nvfp4.quantize(norm, granularity)
+
+
+def cuda(x: Tensor, weight: Tensor | None, eps: float, granularity: str) -> tuple[Tensor, Tensor, Tensor]:
+    """GPU kernel: bitwise the reference, but for what the order of the fp64 sum does to a last bit of fp32."""
+    check(x, weight, eps, granularity)
+    return dispatch.rms_norm_quantize_nvfp4(x, weight, eps, granularity)
+
+
+def cuda_with_norm(
+    x: Tensor, weight: Tensor | None, eps: float, granularity: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """GPU kernel: as :func:`cuda`, the normalised tensor first."""
+    check(x, weight, eps, granularity)
+    return dispatch.rms_norm_quantize_nvfp4_with_norm(x, weight, eps, granularity)
 
 
 _op = define(
@@ -75,12 +95,14 @@ _op = define(
     " -> (Tensor codes, Tensor block_scales, Tensor global_scale)",
     fake=allocate,
     cpu=reference,
+    cuda=cuda,
 )
 _op_with_norm = define(
     f"{OP}.with_norm(Tensor x, Tensor? weight, float eps, str granularity)"
     " -> (Tensor norm, Tensor codes, Tensor block_scales, Tensor global_scale)",
     fake=allocate_with_norm,
     cpu=reference_with_norm,
+    cuda=cuda_with_norm,
 )
 
 

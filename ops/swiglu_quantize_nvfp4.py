@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from dsv4_compile import nvfp4
+from dsv4_compile.ops.dispatch import swiglu_quantize_nvfp4 as dispatch
 from dsv4_compile.ops.registration import allocate_packed, check_dtype, check_granularity, check_quantizable, define
 
 OP = "swiglu_quantize_nvfp4"
 
 
-def allocate(gate: Tensor, up: Tensor, limit: float, granularity: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Checks the arguments and returns uninitialised outputs."""
+def check(gate: Tensor, up: Tensor, limit: float, granularity: str) -> None:
+    """Checks the arguments."""
     check_quantizable(OP, "gate", gate)
     check_dtype(OP, "up", up, (gate.dtype,))
     torch._check(
@@ -21,13 +22,24 @@ def allocate(gate: Tensor, up: Tensor, limit: float, granularity: str) -> tuple[
     )
     torch._check(limit > 0, lambda: f"{OP}: limit must be positive (inf for none), got {limit}")
     check_granularity(OP, granularity)
+
+
+def allocate(gate: Tensor, up: Tensor, limit: float, granularity: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Checks the arguments and returns uninitialised outputs."""
+    check(gate, up, limit, granularity)
     return allocate_packed(gate, granularity)
 
 
 def reference(gate: Tensor, up: Tensor, limit: float, granularity: str) -> tuple[Tensor, Tensor, Tensor]:
     """CPU kernel: :func:`nvfp4.swiglu` in fp32, quantised from fp32 with no rounding to the input dtype between."""
-    allocate(gate, up, limit, granularity)
+    check(gate, up, limit, granularity)
     return nvfp4.quantize(nvfp4.swiglu(gate, up, limit), granularity)
+
+
+def cuda(gate: Tensor, up: Tensor, limit: float, granularity: str) -> tuple[Tensor, Tensor, Tensor]:
+    """GPU kernel: bitwise the reference."""
+    check(gate, up, limit, granularity)
+    return dispatch.swiglu_quantize_nvfp4(gate, up, limit, granularity)
 
 
 _op = define(
@@ -35,6 +47,7 @@ _op = define(
     " -> (Tensor codes, Tensor block_scales, Tensor global_scale)",
     fake=allocate,
     cpu=reference,
+    cuda=cuda,
 )
 
 

@@ -45,7 +45,7 @@ def expand(codes: Tensor, block_scales: Tensor, rows: Tensor | None = None, divi
         bf16 [M, K], contiguous.
     """
     require_hopper(OP, codes)
-    codes, block_scales = codes.contiguous(), block_scales.contiguous()
+    codes, block_scales = codes.contiguous(), block_scales.contiguous().view(torch.uint8)
     count = codes.shape[0] if rows is None else rows.shape[0]
     out = codes.new_empty((count, 2 * codes.shape[1]), dtype=torch.bfloat16)
     row_pieces = out.shape[1] // PIECE_ELEMENTS

@@ -5,7 +5,7 @@ such pieces in flight. Memory bound: 0.5625 bytes read and 2 written an element.
 """
 
 import cutlass
-from cutlass import BFloat16, Float8E4M3FN, Int32, Int64, Uint8, Uint32, cute
+from cutlass import BFloat16, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from dsv4_compile.ops.dispatch.expand import PIECE_ELEMENTS, THREADS, UNROLL, ExpandConfig
@@ -102,7 +102,7 @@ def build(config: ExpandConfig):
 
     return launch, (
         matrix(Uint8, PIECE_ELEMENTS, 16),
-        matrix(Float8E4M3FN, 1, 1),
+        matrix(Uint8, 1, 1),
         make_fake_tensor(Int32, (cute.sym_int64(),), (1,), assumed_align=4),
         matrix(BFloat16, 2 * PIECE_ELEMENTS, 16),
         Int32(1),

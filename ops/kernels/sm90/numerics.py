@@ -4,9 +4,9 @@ Every function gives the bits of its namesake in :mod:`dsv4_compile.nvfp4`. 32-b
 without side effects are declared so, which lets the compiler schedule and merge them. Addresses are ``Int64``.
 """
 
-from cutlass import Float32, Float64, Int32, Int64, Uint32, cute
+from cutlass import Boolean, Float32, Float64, Int32, Int64, Uint32
 from cutlass._mlir import ir
-from cutlass._mlir.dialects import llvm
+from cutlass._mlir.dialects import arith, llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
 LOG2_E = 1.44269504
@@ -83,6 +83,25 @@ def absolute(a):
     return _unary("abs.f32", a)
 
 
+def negate(a):
+    """-a."""
+    return _unary("neg.f32", a)
+
+
+@dsl_user_op
+def select(condition, a, b, *, loc=None, ip=None):
+    """a where the condition holds, else b; both of the type of a."""
+    kind = type(a)
+    chosen = arith.select(
+        Boolean(condition).ir_value(loc=loc, ip=ip),
+        a.ir_value(loc=loc, ip=ip),
+        kind(b).ir_value(loc=loc, ip=ip),
+        loc=loc,
+        ip=ip,
+    )
+    return kind(chosen)
+
+
 def larger(a, b):
     """The larger of two, the other one where one is NaN."""
     return _binary("max.f32", a, b)
@@ -96,6 +115,11 @@ def larger_or_nan(a, b):
 def smaller_or_nan(a, b):
     """The smaller of two, NaN where one is NaN."""
     return _binary("min.NaN.f32", a, b)
+
+
+def reciprocal(a):
+    """1 / a in fp32, correctly rounded; subnormals kept."""
+    return _unary("rcp.rn.f32", a)
 
 
 @dsl_user_op
@@ -120,6 +144,25 @@ def from_bits(word, *, loc=None, ip=None):
 def permute(a, b, selector, *, loc=None, ip=None):
     """Four bytes picked from the eight of (b, a), by the four low nibbles of ``selector``."""
     return Uint32(_asm(T.i32(), _u32([a, b, selector], loc, ip), "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", loc, ip))
+
+
+@dsl_user_op
+def larger_u16x2(a, b, *, loc=None, ip=None):
+    """The larger of each pair of unsigned halves."""
+    return Uint32(_asm(T.i32(), _u32([a, b], loc, ip), "max.u16x2 $0, $1, $2;", "=r,r,r", loc, ip))
+
+
+@dsl_user_op
+def larger_u32(a, b, *, loc=None, ip=None):
+    """The larger of two unsigned words."""
+    return Uint32(_asm(T.i32(), _u32([a, b], loc, ip), "max.u32 $0, $1, $2;", "=r,r,r", loc, ip))
+
+
+@dsl_user_op
+def largest_of_warp(a, *, loc=None, ip=None):
+    """The largest unsigned word of the 32 lanes, in each of them."""
+    text = "redux.sync.max.u32 $0, $1, 0xffffffff;"
+    return Uint32(_asm(T.i32(), _u32([a], loc, ip), text, "=r,r", loc, ip, True))
 
 
 @dsl_user_op
@@ -229,6 +272,13 @@ def load_words(address, count, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def load_f32_from_l2(address, *, loc=None, ip=None):
+    """An fp32 value from a global address that a kernel still running may have written before this one started."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip)]
+    return Float32(_asm(T.f32(), operands, "ld.global.cg.f32 $0, [$1];", "=f,l", loc, ip, True))
+
+
+@dsl_user_op
 def load_byte(address, *, loc=None, ip=None):
     """A byte from a global address, zero-extended."""
     return Uint32(
@@ -253,6 +303,13 @@ def store_words(address, words, *, loc=None, ip=None):
     vector = "" if count == 1 else f".v{count}"
     target = registers if count == 1 else f"{{{registers}}}"
     _asm(None, operands, f"st.global{vector}.b32 [$0], {target};", "l" + ",r" * count, loc, ip, True)
+
+
+@dsl_user_op
+def store_to_cluster(address, rank, word, *, loc=None, ip=None):
+    """A word to a shared address of CTA ``rank`` of the cluster; the address is that of this CTA's own copy."""
+    text = "{ .reg .b32 a; mapa.shared::cluster.u32 a, $0, $1; st.shared::cluster.b32 [a], $2; }"
+    _asm(None, _u32([address, rank, word], loc, ip), text, "r,r,r", loc, ip, True)
 
 
 @dsl_user_op
@@ -299,12 +356,3 @@ def scale_factor(byte):
     """``scale * 2^112`` twice in a word of bf16 for an E4M3 byte, exact; NaN stays."""
     value = multiply(e4m3_value(byte), 2.0**112)
     return pack_bf16x2(value, value)
-
-
-@cute.jit
-def flat_thread() -> Int32:
-    """Number of this thread in the grid's first dimension."""
-    block, _, _ = cute.arch.block_idx()
-    threads, _, _ = cute.arch.block_dim()
-    thread, _, _ = cute.arch.thread_idx()
-    return block * threads + thread

@@ -1,0 +1,227 @@
+"""Which launches quantise a tensor: what the three quantisers share on the host."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dsv4_compile import nvfp4
+from dsv4_compile.ops.dispatch import division
+from dsv4_compile.ops.kernels import cache
+from dsv4_compile.ops.kernels.device import require_hopper, sm_count
+from dsv4_compile.ops.registration import allocate_packed
+
+CTA_THREADS = 512  # of the kernels that own rows or look for a maximum
+FLAT_THREADS = 256
+UNROLL = 2  # blocks a thread has in flight
+MAX_PARTIALS = 288  # two CTAs on each of 144 multiprocessors
+CLUSTER = 8
+ALIGNMENT = 16  # bytes
+
+# (blocks a row, threads a row, blocks a thread): the first that holds the row.
+ROW_SHAPES = ((64, 64, 1), (128, 128, 1), (256, 128, 2), (512, 256, 2), (1024, 512, 2), (2048, 512, 4))
+MAX_ROW_BLOCKS = ROW_SHAPES[-1][0]
+MAX_HELD_BLOCKS = {torch.bfloat16: 8, torch.float16: 8, torch.float32: 4}  # that a thread's registers hold
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """Threads that own whole rows.
+
+    Attributes:
+        dtype: of the input.
+        threads: threads a row.
+        blocks: blocks a thread holds of a row.
+        rows: rows a thread holds blocks of.
+        cluster: CTAs that share one global scale.
+        per_token: one global scale a row.
+        is_partial: looks for the maximum only, and leaves it and the rows' factors in a workspace.
+        weight: dtype of the norm's weight.
+        norm: writes the normalised tensor too.
+        pdl: launched by programmatic dependent launch.
+    """
+
+    dtype: str
+    threads: int
+    blocks: int
+    rows: int = 1
+    cluster: int = 1
+    per_token: bool = False
+    is_partial: bool = False
+    weight: str | None = None
+    norm: bool = False
+    pdl: bool = True
+
+
+@dataclass(frozen=True)
+class AmaxConfig:
+    """First of two launches: one maximum a CTA."""
+
+    dtype: str
+    pdl: bool = True
+
+
+@dataclass(frozen=True)
+class FlatConfig:
+    """Second of two launches: the global scale from those maxima, then the blocks in any order.
+
+    Attributes:
+        dtype, weight, pdl: as of :class:`RowsConfig`.
+        early: the input was written before the first of the two launches, so that it can be read before that ends.
+    """
+
+    dtype: str
+    weight: str | None = None
+    early: bool = True
+    pdl: bool = True
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a quantiser reads.
+
+    Attributes:
+        op: operator, the name of its kernel module too.
+        first: [R, K], see :func:`view_rows`.
+        second: like it, or the weight [K].
+        held: blocks that a thread's registers hold.
+        scalar: limit or eps.
+        weight: dtype of the weight, or None.
+        has_statistic: the operator needs each row as a whole.
+    """
+
+    op: str
+    first: Tensor
+    second: Tensor
+    held: int
+    scalar: float = 0.0
+    weight: str | None = None
+    has_statistic: bool = False
+
+    @property
+    def kernel(self) -> str:
+        return f"sm90.{self.op}"
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """``bfloat16`` of a tensor of torch.bfloat16."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def view_rows(x: Tensor) -> Tensor:
+    """x as [R, K] with unit last stride and rows that start at multiples of 16 bytes; a copy only if it has to be."""
+    k = x.shape[-1]
+    rows = x.reshape(-1, k)
+    if rows.shape[0] == 1 and rows.stride(1) == 1:
+        rows = rows.as_strided((1, k), (k, 1))
+    if rows.stride(1) == 1 and rows.stride(0) * rows.itemsize % ALIGNMENT == 0 and is_aligned(rows):
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether a tensor starts at a multiple of 16 bytes."""
+    address = x.storage_offset() * x.itemsize if x.is_meta else x.data_ptr()
+    return address % ALIGNMENT == 0
+
+
+def row_shape(source: Source, row_blocks: int) -> tuple[int, int]:
+    """Threads a row and blocks a thread."""
+    for most, threads, blocks in ROW_SHAPES:
+        if row_blocks <= most:
+            return threads, blocks
+    raise RuntimeError(
+        f"{source.op}: K must be at most {MAX_ROW_BLOCKS * nvfp4.BLOCK_SIZE} where a kernel needs whole rows, "
+        f"got {row_blocks * nvfp4.BLOCK_SIZE}"
+    )
+
+
+def quantize(source: Source, x: Tensor, granularity: str, norm: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches what quantises a source.
+
+    Args:
+        source: what is quantised.
+        x: the operator's input, for shape, dtype and device.
+        granularity: see :data:`nvfp4.Granularity`.
+        norm: where the normalised tensor goes too.
+
+    Returns:
+        codes, block_scales, global_scale.
+    """
+    require_hopper(source.op, x)
+    packed = allocate_packed(x, granularity)
+    rows, k = source.first.shape
+    if rows * k == 0:
+        if granularity != "token":
+            packed[2].fill_(_empty_scale(granularity))
+        return packed
+    row_blocks = k // nvfp4.BLOCK_SIZE
+    if rows * row_blocks >= division.LIMIT:
+        raise RuntimeError(f"{source.op}: rows times K must be below 2^35, got {rows} x {k}")
+    is_pow2 = int(granularity == "tensor_pow2")
+    flat = [packed[0].view(-1), packed[1].view(torch.uint8).view(-1), packed[2].view(-1)]
+    base = RowsConfig(dtype_name(x), 0, 0, weight=source.weight, norm=norm is not None)
+    norm_out = source.first.new_empty((0,)) if norm is None else norm.view(-1)
+    config = _one_launch(source, base, rows, row_blocks, granularity)
+    if config is not None:
+        kernel = cache.kernel(source.kernel, config)
+        kernel(source.first, source.second, *flat, norm_out, rows, row_blocks, source.scalar, is_pow2)
+        return packed
+    _two_launches(source, base, flat, norm_out, rows, row_blocks, is_pow2)
+    return packed
+
+
+def _empty_scale(granularity: str) -> float:
+    return float(nvfp4.global_scale_from_amax(torch.zeros(()), granularity))
+
+
+def _one_launch(source: Source, base: RowsConfig, rows: int, row_blocks: int, granularity: str) -> RowsConfig | None:
+    if granularity == "token":
+        threads, blocks = row_shape(source, row_blocks)
+        return replace(base, threads=threads, blocks=blocks, per_token=True)
+    if row_blocks > MAX_ROW_BLOCKS:
+        return None
+    threads, blocks = row_shape(source, row_blocks)
+    at_once = CTA_THREADS // threads
+    for cluster, held_rows in ((1, 1), (CLUSTER, 1), (CLUSTER, 2), (CLUSTER, 4)):
+        if rows <= cluster * at_once * held_rows and blocks * held_rows <= source.held:
+            return replace(base, threads=threads, blocks=blocks, rows=held_rows, cluster=cluster)
+    return None
+
+
+def _two_launches(
+    source: Source,
+    base: RowsConfig,
+    flat: list[Tensor],
+    norm_out: Tensor,
+    rows: int,
+    row_blocks: int,
+    is_pow2: int,
+) -> None:
+    num_blocks = rows * row_blocks
+    sms = sm_count(source.first)
+    most = min(MAX_PARTIALS, 2 * sms)
+    first, second, scalar = source.first, source.second, source.scalar
+    row_division = division.magic(row_blocks)
+    factors = first.new_empty((rows if source.has_statistic else 0,), dtype=torch.float32)
+    if source.has_statistic:
+        threads, blocks = row_shape(source, row_blocks)
+        ctas = min(most, math.ceil(rows / (CTA_THREADS // threads)))
+        partials = first.new_empty((ctas,), dtype=torch.float32)
+        config = replace(base, threads=threads, blocks=blocks, is_partial=True)
+        cache.kernel(source.kernel, config)(first, second, partials, factors, norm_out, rows, ctas, row_blocks, scalar)
+    else:
+        ctas = min(most, math.ceil(num_blocks / (CTA_THREADS * UNROLL)))
+        partials = first.new_empty((ctas,), dtype=torch.float32)
+        kernel = cache.kernel(source.kernel, AmaxConfig(base.dtype))
+        kernel(first, second, partials, num_blocks, ctas, row_blocks, *row_division, scalar)
+    flat_ctas = min(4 * sms, math.ceil(num_blocks / (FLAT_THREADS * UNROLL)))
+    launch = [partials, factors, *flat, num_blocks, ctas, flat_ctas, row_blocks, *row_division, scalar, is_pow2]
+    if base.norm:
+        normed = norm_out.view(rows, -1)
+        cache.kernel("sm90.quantize_nvfp4", FlatConfig(base.dtype, early=False))(normed, normed, *launch)
+    else:
+        cache.kernel(source.kernel, FlatConfig(base.dtype, base.weight))(first, second, *launch)

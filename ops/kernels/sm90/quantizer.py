@@ -1,0 +1,565 @@
+"""The schedules of the three quantisers; what they quantise comes from a source.
+
+- rows: threads own whole rows, which stay in their registers. With a global scale a row there is nothing to wait for;
+  with one for the tensor, a tensor small enough for one cluster is one launch: the CTAs exchange their maxima.
+- amax, then flat: two launches for larger tensors. The first leaves one maximum a CTA in a workspace, no atomics and
+  nothing to clear; each warp of the second reduces those. It walks backwards, so that it meets in the L2 what the first
+  read last.
+
+A source is an object with
+
+- ``raw_words``, ``kept_dtype``: registers that a block takes as loaded, and the dtype it is quantised in;
+- ``load(inputs, row, column)``: the words of one block as loaded;
+- ``prepare(inputs, raw, factor)``: from those, the block that is quantised;
+- ``has_statistic``: whether the whole row determines a factor: ``row_sum(raw, total)`` adds a block to an fp64 sum,
+  ``factor(inputs, total)`` makes the factor of it, and flat passes read it from memory.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+from cutlass import BFloat16, Float16, Float32, Float64, Int32, Int64, Uint8, Uint32, cute
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+from dsv4_compile.ops.dispatch.quantizer import (
+    CTA_THREADS,
+    FLAT_THREADS,
+    MAX_PARTIALS,
+    UNROLL,
+    AmaxConfig,
+    FlatConfig,
+    RowsConfig,
+)
+from dsv4_compile.ops.kernels.sm90 import blocks as bl
+from dsv4_compile.ops.kernels.sm90 import numerics as nm
+
+WARPS = CTA_THREADS // 32
+DTYPES = {"bfloat16": BFloat16, "float16": Float16, "float32": Float32}
+
+
+@dataclass
+class Inputs:
+    """What sources read: addresses, bytes from row to row, blocks a row, and the operator's scalar."""
+
+    first: Any
+    first_pitch: Any
+    second: Any
+    second_pitch: Any
+    row_blocks: Any
+    scalar: Any
+
+
+def _inputs(first, second, row_blocks, scalar):
+    pitches = [
+        Int64(tensor.stride[0]) * (tensor.element_type.width // 8) if cute.rank(tensor) == 2 else None
+        for tensor in (first, second)
+    ]
+    return Inputs(nm.address_of(first), pitches[0], nm.address_of(second), pitches[1], row_blocks, scalar)
+
+
+@cute.jit
+def sum_rows(
+    raw: cute.Tensor,
+    sums: cute.Tensor,
+    factors: cute.Tensor,
+    inputs: cutlass.Constexpr,
+    source: cutlass.Constexpr,
+    config: cutlass.Constexpr,
+    group: Int32,
+):
+    """The factor of each row of a group, into registers, through one barrier of the group."""
+    lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
+    for s in cutlass.range_constexpr(config.rows):
+        total = Float64(0.0)
+        for b in cutlass.range_constexpr(config.blocks):
+            at = (s * config.blocks + b) * source.raw_words
+            total = source.row_sum([raw[at + i] for i in range(source.raw_words)], total)
+        for step in cutlass.range_constexpr(5):
+            total = nm.add_f64(total, cute.arch.shuffle_sync_bfly(total, offset=16 >> step))
+        if lane == 0:
+            sums[s * WARPS + warp] = total
+    cute.arch.barrier(barrier_id=1 + group, number_of_threads=config.threads)
+    first_warp = group * (config.threads // 32)
+    for s in cutlass.range_constexpr(config.rows):
+        total = sums[s * WARPS + first_warp]
+        for w in cutlass.range_constexpr(1, config.threads // 32):
+            total = nm.add_f64(total, sums[s * WARPS + first_warp + w])
+        factors[s] = source.factor(inputs, total)
+
+
+@cute.jit
+def load_rows(
+    raw: cute.Tensor,
+    first_row: Int32,
+    rows: Int32,
+    lane: Int32,
+    inputs: cutlass.Constexpr,
+    source: cutlass.Constexpr,
+    config: cutlass.Constexpr,
+):
+    """The blocks that a thread owns of the rows of its group, all loads before the first use; zeros beyond the end."""
+    load, raw_words = source.load, source.raw_words
+    for s in cutlass.range_constexpr(config.rows):
+        for b in cutlass.range_constexpr(config.blocks):
+            at = (s * config.blocks + b) * raw_words
+            for i in cutlass.range_constexpr(raw_words):
+                raw[at + i] = Uint32(0)
+            column = lane + b * config.threads
+            if (first_row + s < rows) & (column < inputs.row_blocks):
+                words = load(inputs, first_row + s, column)
+                for i in cutlass.range_constexpr(raw_words):
+                    raw[at + i] = words[i]
+
+
+@cute.jit
+def prepare_rows(
+    raw: cute.Tensor,
+    kept: cute.Tensor,
+    factors: cute.Tensor,
+    tops: cute.Tensor,
+    lane: Int32,
+    inputs: cutlass.Constexpr,
+    source: cutlass.Constexpr,
+    config: cutlass.Constexpr,
+):
+    """Makes the blocks that are quantised, and the largest finite magnitude of each row among this thread's."""
+    kept_words = bl.words_of(source.kept_dtype)
+    last = inputs.row_blocks - 1
+    for s in cutlass.range_constexpr(config.rows):
+        tops[s] = Uint32(0)
+        for b in cutlass.range_constexpr(config.blocks):
+            at, to = (s * config.blocks + b) * source.raw_words, (s * config.blocks + b) * kept_words
+            column = lane + b * config.threads
+            words = source.prepare(
+                inputs, [raw[at + i] for i in range(source.raw_words)], factors[s], cutlass.min(column, last)
+            )
+            for i in cutlass.range_constexpr(kept_words):
+                kept[to + i] = words[i]
+            tops[s] = nm.larger_u32(tops[s], bl.finite_amax(kept, to, source.kept_dtype))
+
+
+@cute.kernel
+def rows_kernel(
+    first: cute.Tensor,
+    second: cute.Tensor,
+    codes: cute.Tensor,
+    scales: cute.Tensor,
+    global_scale: cute.Tensor,
+    norm: cute.Tensor,
+    rows: Int32,
+    row_blocks: Int32,
+    scalar: Float32,
+    is_pow2: Int32,
+    source: cutlass.Constexpr,
+    config: cutlass.Constexpr,
+):
+    groups, row_warps = CTA_THREADS // config.threads, config.threads // 32
+    kept_words = bl.words_of(source.kept_dtype)
+    smem = cutlass.memory.SmemAllocator()
+    shared_sums = smem.allocate_tensor(Float64, cute.make_layout(config.rows * WARPS), 16)
+    shared_tops = smem.allocate_tensor(Uint32, cute.make_layout(config.rows * WARPS), 16)
+    tops_of_ctas = smem.allocate_tensor(Uint32, cute.make_layout(32), 16)
+    thread, _, _ = cute.arch.thread_idx()
+    cta, _, _ = cute.arch.block_idx()
+    lane_of_warp, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
+    group = thread // config.threads
+    lane = thread - group * config.threads
+    inputs = _inputs(first, second, row_blocks, scalar)
+    first_row = (cta * groups + group) * config.rows
+    raw = cute.make_rmem_tensor(config.rows * config.blocks * source.raw_words, Uint32)
+    kept = cute.make_rmem_tensor(config.rows * config.blocks * kept_words, Uint32)
+    factors = cute.make_rmem_tensor(config.rows, Float32)
+    tops = cute.make_rmem_tensor(config.rows, Uint32)
+    if cutlass.const_expr(config.cluster > 1):
+        cute.arch.cluster_arrive_relaxed()  # waited for before the first store to another CTA: it has started then
+    if cutlass.const_expr(config.pdl):
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+
+    load_rows(raw, first_row, rows, lane, inputs, source, config)
+    for s in cutlass.range_constexpr(config.rows):
+        factors[s] = Float32(1.0)
+    if cutlass.const_expr(source.has_statistic):
+        sum_rows(raw, shared_sums, factors, inputs, source, config, group)
+    prepare_rows(raw, kept, factors, tops, lane, inputs, source, config)
+
+    if cutlass.const_expr(config.per_token):
+        for s in cutlass.range_constexpr(config.rows):
+            top = nm.largest_of_warp(tops[s])
+            if lane_of_warp == 0:
+                shared_tops[s * WARPS + warp] = top
+        cute.arch.barrier(barrier_id=1 + group, number_of_threads=config.threads)
+        for s in cutlass.range_constexpr(config.rows):
+            top = Uint32(0)
+            for w in cutlass.range_constexpr(row_warps):
+                top = nm.larger_u32(top, shared_tops[s * WARPS + group * row_warps + w])
+            tops[s] = top
+    else:
+        top = Uint32(0)
+        for s in cutlass.range_constexpr(config.rows):
+            top = nm.larger_u32(top, tops[s])
+        top = nm.largest_of_warp(top)
+        if lane_of_warp == 0:
+            shared_tops[warp] = top
+        cute.arch.sync_threads()
+        top = nm.largest_of_warp(shared_tops[lane_of_warp % WARPS])
+        if cutlass.const_expr(config.cluster > 1):
+            cute.arch.cluster_wait()
+            if thread < config.cluster:
+                nm.store_to_cluster((tops_of_ctas.iterator + cta).toint(), thread, top)
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+            top = nm.largest_of_warp(tops_of_ctas[lane_of_warp % config.cluster])
+        for s in cutlass.range_constexpr(config.rows):
+            tops[s] = top
+
+    codes_at, scales_at = nm.address_of(codes), nm.address_of(scales)
+    global_scale_at, norm_at = nm.address_of(global_scale), nm.address_of(norm)
+    for s in cutlass.range_constexpr(config.rows):
+        row = first_row + s
+        scale = bl.global_scale(tops[s], is_pow2)
+        six_scales = nm.multiply(scale, bl.E2M1_MAX)
+        if cutlass.const_expr(config.per_token):
+            if (lane == 0) & (row < rows):
+                nm.store_f32(global_scale_at + Int64(row) * 4, scale)
+        elif cutlass.const_expr(s == 0):
+            if (thread == 0) & (cta == 0):
+                nm.store_f32(global_scale_at, scale)
+        for b in cutlass.range_constexpr(config.blocks):
+            column = lane + b * config.threads
+            if (row < rows) & (column < row_blocks):
+                words = [kept[(s * config.blocks + b) * kept_words + i] for i in range(kept_words)]
+                block = row * row_blocks + column
+                block_codes, byte = bl.quantize(words, source.kept_dtype, scale, six_scales)
+                bl.write(codes_at, scales_at, block, block_codes, byte)
+                if cutlass.const_expr(config.norm):
+                    bl.store(norm_at + Int64(block) * bl.bytes_of(source.kept_dtype), words)
+
+
+@cute.jit
+def write_partial(top: Uint32, shared_tops: cute.Tensor, partials: cute.Tensor):
+    """The CTA's largest magnitude to its place in the workspace."""
+    thread, _, _ = cute.arch.thread_idx()
+    cta, _, _ = cute.arch.block_idx()
+    top = nm.largest_of_warp(top)
+    if cute.arch.lane_idx() == 0:
+        shared_tops[cute.arch.warp_idx()] = top
+    cute.arch.sync_threads()
+    if thread < 32:
+        top = nm.largest_of_warp(shared_tops[thread % WARPS])
+        if thread == 0:
+            nm.store_f32(nm.address_of(partials) + Int64(cta) * 4, nm.from_bits(top))
+
+
+@cute.kernel
+def rows_amax_kernel(
+    first: cute.Tensor,
+    second: cute.Tensor,
+    partials: cute.Tensor,
+    row_factors: cute.Tensor,
+    norm: cute.Tensor,
+    rows: Int32,
+    row_blocks: Int32,
+    scalar: Float32,
+    source: cutlass.Constexpr,
+    config: cutlass.Constexpr,
+):
+    groups = CTA_THREADS // config.threads
+    kept_words = bl.words_of(source.kept_dtype)
+    smem = cutlass.memory.SmemAllocator()
+    shared_sums = smem.allocate_tensor(Float64, cute.make_layout(2 * WARPS), 16)
+    shared_tops = smem.allocate_tensor(Uint32, cute.make_layout(WARPS), 16)
+    thread, _, _ = cute.arch.thread_idx()
+    cta, _, _ = cute.arch.block_idx()
+    ctas, _, _ = cute.arch.grid_dim()
+    group = thread // config.threads
+    lane = thread - group * config.threads
+    inputs = _inputs(first, second, row_blocks, scalar)
+    raw = cute.make_rmem_tensor(config.blocks * source.raw_words, Uint32)
+    kept = cute.make_rmem_tensor(config.blocks * kept_words, Uint32)
+    factors = cute.make_rmem_tensor(1, Float32)
+    tops = cute.make_rmem_tensor(1, Uint32)
+    if cutlass.const_expr(config.pdl):
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+    factors_at, norm_at = nm.address_of(row_factors), nm.address_of(norm)
+    largest = Uint32(0)
+    row = cta * groups + group
+    parity = Int32(0)
+    bytes_of_block, norm_too = bl.bytes_of(source.kept_dtype), config.norm
+    while row < rows:
+        load_rows(raw, row, rows, lane, inputs, source, config)
+        # Two buffers in turn: the barrier of this row is passed only by those that have read the row before last.
+        sum_rows(raw, cute.domain_offset(parity * WARPS, shared_sums), factors, inputs, source, config, group)
+        parity = 1 - parity
+        prepare_rows(raw, kept, factors, tops, lane, inputs, source, config)
+        largest = nm.larger_u32(largest, tops[0])
+        if lane == 0:
+            nm.store_f32(factors_at + Int64(row) * 4, factors[0])
+        if cutlass.const_expr(norm_too):
+            for b in cutlass.range_constexpr(config.blocks):
+                column = lane + b * config.threads
+                if column < row_blocks:
+                    words = [kept[b * kept_words + i] for i in range(kept_words)]
+                    block = row * row_blocks + column
+                    bl.store(norm_at + Int64(block) * bytes_of_block, words)
+        row += ctas * groups
+    write_partial(largest, shared_tops, partials)
+
+
+@cute.kernel
+def amax_kernel(
+    first: cute.Tensor,
+    second: cute.Tensor,
+    partials: cute.Tensor,
+    num_blocks: Int32,
+    row_blocks: Int32,
+    multiplier: Uint32,
+    shift: Int32,
+    scalar: Float32,
+    source: cutlass.Constexpr,
+    config: cutlass.Constexpr,
+):
+    kept_words = bl.words_of(source.kept_dtype)
+    smem = cutlass.memory.SmemAllocator()
+    shared_tops = smem.allocate_tensor(Uint32, cute.make_layout(WARPS), 16)
+    thread, _, _ = cute.arch.thread_idx()
+    cta, _, _ = cute.arch.block_idx()
+    ctas, _, _ = cute.arch.grid_dim()
+    inputs = _inputs(first, second, row_blocks, scalar)
+    raw = cute.make_rmem_tensor(UNROLL * source.raw_words, Uint32)
+    kept = cute.make_rmem_tensor(kept_words, Uint32)
+    if cutlass.const_expr(config.pdl):
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+    prepare, raw_words, kept_dtype = source.prepare, source.raw_words, source.kept_dtype
+    largest = Uint32(0)
+    chunk = cta
+    while chunk * (CTA_THREADS * UNROLL) < num_blocks:
+        block = chunk * (CTA_THREADS * UNROLL) + thread
+        load_blocks(raw, block, CTA_THREADS, num_blocks, multiplier, shift, inputs, source)
+        for u in cutlass.range_constexpr(UNROLL):
+            words = prepare(inputs, [raw[u * raw_words + i] for i in range(raw_words)], Float32(1.0), Int32(0))
+            for i in cutlass.range_constexpr(kept_words):
+                kept[i] = words[i]
+            largest = nm.larger_u32(largest, bl.finite_amax(kept, 0, kept_dtype))
+        chunk += ctas
+    write_partial(largest, shared_tops, partials)
+
+
+@cute.jit
+def load_blocks(
+    raw: cute.Tensor,
+    block: Int32,
+    step: cutlass.Constexpr,
+    num_blocks: Int32,
+    multiplier: Uint32,
+    shift: Int32,
+    inputs: cutlass.Constexpr,
+    source: cutlass.Constexpr,
+):
+    """UNROLL blocks, ``step`` apart, all loads before the first use; zeros beyond the end."""
+    load, raw_words = source.load, source.raw_words
+    for u in cutlass.range_constexpr(UNROLL):
+        for i in cutlass.range_constexpr(raw_words):
+            raw[u * raw_words + i] = Uint32(0)
+        number = block + u * step
+        if number < num_blocks:
+            row = nm.quotient(number, multiplier, shift)
+            words = load(inputs, row, number - row * inputs.row_blocks)
+            for i in cutlass.range_constexpr(raw_words):
+                raw[u * raw_words + i] = words[i]
+
+
+@cute.kernel
+def flat_kernel(
+    first: cute.Tensor,
+    second: cute.Tensor,
+    partials: cute.Tensor,
+    row_factors: cute.Tensor,
+    codes: cute.Tensor,
+    scales: cute.Tensor,
+    global_scale: cute.Tensor,
+    num_blocks: Int32,
+    num_partials: Int32,
+    row_blocks: Int32,
+    multiplier: Uint32,
+    shift: Int32,
+    scalar: Float32,
+    is_pow2: Int32,
+    source: cutlass.Constexpr,
+    config: cutlass.Constexpr,
+):
+    thread, _, _ = cute.arch.thread_idx()
+    cta, _, _ = cute.arch.block_idx()
+    ctas, _, _ = cute.arch.grid_dim()
+    inputs = _inputs(first, second, row_blocks, scalar)
+    raw = cute.make_rmem_tensor(UNROLL * source.raw_words, Uint32)
+    chunk_blocks = FLAT_THREADS * UNROLL
+    chunk = cute.ceil_div(num_blocks, chunk_blocks) - 1 - cta
+    block = chunk * chunk_blocks + thread
+    # Early: whoever wrote these had finished when the amax pass, past its own wait, let this one start.
+    if cutlass.const_expr(config.early):
+        load_blocks(raw, block, FLAT_THREADS, num_blocks, multiplier, shift, inputs, source)
+    if cutlass.const_expr(config.pdl):
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+    if cutlass.const_expr(not config.early):
+        load_blocks(raw, block, FLAT_THREADS, num_blocks, multiplier, shift, inputs, source)
+    lane = cute.arch.lane_idx()
+    top = Uint32(0)
+    for i in cutlass.range_constexpr(MAX_PARTIALS // 32):
+        index = lane + i * 32
+        if index < num_partials:
+            partial = nm.load_f32_from_l2(nm.address_of(partials) + Int64(index) * 4)
+            top = nm.larger_u32(top, nm.bits(partial))
+    scale = bl.global_scale(nm.largest_of_warp(top), is_pow2)
+    six_scales = nm.multiply(scale, bl.E2M1_MAX)
+    if (thread == 0) & (cta == 0):
+        nm.store_f32(nm.address_of(global_scale), scale)
+    codes_at, scales_at, factors_at = nm.address_of(codes), nm.address_of(scales), nm.address_of(row_factors)
+    prepare, raw_words, kept_dtype = source.prepare, source.raw_words, source.kept_dtype
+    has_statistic = source.has_statistic
+    while chunk >= 0:
+        for u in cutlass.range_constexpr(UNROLL):
+            number = block + u * FLAT_THREADS
+            if number < num_blocks:
+                factor, column = Float32(1.0), Int32(0)
+                if cutlass.const_expr(has_statistic):
+                    row = nm.quotient(number, multiplier, shift)
+                    column = number - row * row_blocks
+                    factor = nm.load_f32_from_l2(factors_at + Int64(row) * 4)
+                words = prepare(inputs, [raw[u * raw_words + i] for i in range(raw_words)], factor, column)
+                block_codes, byte = bl.quantize(words, kept_dtype, scale, six_scales)
+                bl.write(codes_at, scales_at, number, block_codes, byte)
+        chunk -= ctas
+        block -= ctas * chunk_blocks
+        if chunk >= 0:
+            load_blocks(raw, block, FLAT_THREADS, num_blocks, multiplier, shift, inputs, source)
+
+
+def _matrix(dtype: str):
+    element = DTYPES[dtype]
+    pitch = cute.sym_int64(divisibility=16 // (element.width // 8))
+    return make_fake_tensor(element, (cute.sym_int64(), cute.sym_int64(divisibility=16)), (pitch, 1), assumed_align=16)
+
+
+def _vector(dtype, align: int = 4):
+    return make_fake_tensor(dtype, (cute.sym_int64(),), (1,), assumed_align=align)
+
+
+def _packed():
+    return _vector(Uint8, 16), _vector(Uint8, 16), _vector(Float32)
+
+
+def build(config, source):
+    """The ``cute.jit`` function of a schedule for a source, and its fake arguments."""
+    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
+    second = _matrix(config.dtype) if source.second_is_matrix else _vector(DTYPES[source.second_dtype], 16)
+    operands = (_matrix(config.dtype), second)
+    division = (Int32(1), Uint32(1), Int32(0))
+    if isinstance(config, RowsConfig) and config.is_partial:
+
+        @cute.jit
+        def launch(
+            first: cute.Tensor,
+            second: cute.Tensor,
+            partials: cute.Tensor,
+            row_factors: cute.Tensor,
+            norm: cute.Tensor,
+            rows: Int32,
+            ctas: Int32,
+            row_blocks: Int32,
+            scalar: Float32,
+            stream,
+        ):
+            rows_amax_kernel(
+                first, second, partials, row_factors, norm, rows, row_blocks, scalar, source, config
+            ).launch(grid=(ctas, 1, 1), block=(CTA_THREADS, 1, 1), stream=stream, use_pdl=config.pdl)
+
+        norm = _vector(DTYPES[config.dtype], 16)
+        return launch, (
+            *operands, _vector(Float32), _vector(Float32), norm, Int32(1), Int32(1), Int32(1), Float32(1.0), stream
+        )  # fmt: skip
+    if isinstance(config, RowsConfig):
+
+        @cute.jit
+        def launch(
+            first: cute.Tensor,
+            second: cute.Tensor,
+            codes: cute.Tensor,
+            scales: cute.Tensor,
+            global_scale: cute.Tensor,
+            norm: cute.Tensor,
+            rows: Int32,
+            row_blocks: Int32,
+            scalar: Float32,
+            is_pow2: Int32,
+            stream,
+        ):
+            ctas = cute.ceil_div(rows, config.rows * (CTA_THREADS // config.threads))
+            if cutlass.const_expr(config.cluster > 1):
+                ctas = config.cluster
+            rows_kernel(
+                first, second, codes, scales, global_scale, norm, rows, row_blocks, scalar, is_pow2, source, config
+            ).launch(
+                grid=(ctas, 1, 1),
+                block=(CTA_THREADS, 1, 1),
+                cluster=(config.cluster, 1, 1),
+                stream=stream,
+                use_pdl=config.pdl,
+            )
+
+        norm = _vector(DTYPES[config.dtype], 16)
+        return launch, (*operands, *_packed(), norm, Int32(1), Int32(1), Float32(1.0), Int32(0), stream)
+    if isinstance(config, AmaxConfig):
+
+        @cute.jit
+        def launch(
+            first: cute.Tensor,
+            second: cute.Tensor,
+            partials: cute.Tensor,
+            num_blocks: Int32,
+            ctas: Int32,
+            row_blocks: Int32,
+            multiplier: Uint32,
+            shift: Int32,
+            scalar: Float32,
+            stream,
+        ):
+            amax_kernel(
+                first, second, partials, num_blocks, row_blocks, multiplier, shift, scalar, source, config
+            ).launch(grid=(ctas, 1, 1), block=(CTA_THREADS, 1, 1), stream=stream, use_pdl=config.pdl)
+
+        return launch, (*operands, _vector(Float32), Int32(1), Int32(1), *division, Float32(1.0), stream)
+    assert isinstance(config, FlatConfig)
+
+    @cute.jit
+    def launch(
+        first: cute.Tensor,
+        second: cute.Tensor,
+        partials: cute.Tensor,
+        row_factors: cute.Tensor,
+        codes: cute.Tensor,
+        scales: cute.Tensor,
+        global_scale: cute.Tensor,
+        num_blocks: Int32,
+        num_partials: Int32,
+        ctas: Int32,
+        row_blocks: Int32,
+        multiplier: Uint32,
+        shift: Int32,
+        scalar: Float32,
+        is_pow2: Int32,
+        stream,
+    ):
+        flat_kernel(
+            first, second, partials, row_factors, codes, scales, global_scale, num_blocks, num_partials, row_blocks,
+            multiplier, shift, scalar, is_pow2, source, config,
+        ).launch(grid=(ctas, 1, 1), block=(FLAT_THREADS, 1, 1), stream=stream, use_pdl=config.pdl)  # fmt: skip
+
+    return launch, (
+        *operands, _vector(Float32), _vector(Float32), *_packed(), Int32(1), Int32(1), Int32(1), *division,
+        Float32(1.0), Int32(0), stream,
+    )  # fmt: skip
