@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dsv4_compile import nvfp4
+from dsv4_compile.ops.dispatch.nvfp4_grouped_mm import run
 from dsv4_compile.ops.registration import FLOAT_DTYPES, check_dtype, check_packed, define
 
 OP = "nvfp4_grouped_mm"
@@ -97,11 +98,27 @@ def reference(
     return out
 
 
+def on_hopper(
+    a_codes: Tensor,
+    a_block_scales: Tensor,
+    a_global_scale: Tensor,
+    b_codes: Tensor,
+    b_block_scales: Tensor,
+    b_global_scale: Tensor,
+    offsets: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """CUDA kernels; offsets that decrease or leave 0..S are clamped. See ``dispatch/nvfp4_grouped_mm.py``."""
+    operands = a_codes, a_block_scales, a_global_scale, b_codes, b_block_scales, b_global_scale, offsets
+    return run(allocate(*operands, out_dtype), *operands)
+
+
 _op = define(
     f"{OP}(Tensor a_codes, Tensor a_block_scales, Tensor a_global_scale, Tensor b_codes, Tensor b_block_scales,"
     " Tensor b_global_scale, Tensor? offsets, ScalarType out_dtype) -> Tensor",
     fake=allocate,
     cpu=reference,
+    cuda=on_hopper,
 )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv4_compile import nvfp4
+from dsv4_compile.ops.dispatch.nvfp4_moe import run
 from dsv4_compile.ops.registration import (
     FLOAT_DTYPES,
     INDEX_DTYPES,
@@ -163,6 +164,32 @@ def reference(
     return out.copy_(total)
 
 
+def on_hopper(
+    a_codes: Tensor,
+    a_block_scales: Tensor,
+    a_global_scale: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_codes: Tensor,
+    gate_up_block_scales: Tensor,
+    gate_up_global_scale: Tensor,
+    down_codes: Tensor,
+    down_block_scales: Tensor,
+    down_global_scale: Tensor,
+    limit: float,
+    weight_position: str,
+    granularity: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """CUDA kernels: sort by expert, multiply with SwiGLU, quantise, multiply, sum; see ``dispatch/nvfp4_moe.py``."""
+    arguments = (
+        a_codes, a_block_scales, a_global_scale, topk_ids, topk_weights,
+        gate_up_codes, gate_up_block_scales, gate_up_global_scale, down_codes, down_block_scales, down_global_scale,
+        limit, weight_position, granularity, out_dtype,
+    )  # fmt: skip
+    return run(allocate(*arguments), *arguments)
+
+
 _op = define(
     f"{OP}(Tensor a_codes, Tensor a_block_scales, Tensor a_global_scale, Tensor topk_ids, Tensor topk_weights,"
     " Tensor gate_up_codes, Tensor gate_up_block_scales, Tensor gate_up_global_scale,"
@@ -170,6 +197,7 @@ _op = define(
     " float limit, str weight_position, str granularity, ScalarType out_dtype) -> Tensor",
     fake=allocate,
     cpu=reference,
+    cuda=on_hopper,
 )
 
 

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dsv4_compile.ops.dispatch.moe_combine import DTYPE_NAMES
 from dsv4_compile.ops.kernels import cache
 
 MAX_EXPERTS = 1024  # one thread of a CTA an expert
@@ -23,11 +24,15 @@ class AlignConfig:
     Attributes:
         index_dtype: of the ids, ``int32`` or ``int64``.
         ctas: CTAs of the one cluster that runs.
+        weight_dtype: of the routing weights that are sorted too; empty for none.
+        has_token_scale: a scale of each token goes along.
         pdl: programmatic dependent launch.
     """
 
     index_dtype: Literal["int32", "int64"]
     ctas: int
+    weight_dtype: str = ""
+    has_token_scale: bool = False
     pdl: bool = True
 
 
@@ -53,12 +58,16 @@ class Alignment(NamedTuple):
         schedule: int32 [max_tiles + 1, 4]: row 0 is (num_tiles, num_valid, 0, 0), row 1 + i of tile i is
             (expert, first row, number of rows, 0). Rows beyond are not written.
         zeroed: int32 [Z], all zero: what later kernels count or take maxima in.
+        row_weight: fp32 [S], the routing weight of each sorted row, or None.
+        row_scale: fp32 [S], the scale of each sorted row's token, or None.
     """
 
     sorted_slots: Tensor
     row_of_slot: Tensor
     schedule: Tensor
     zeroed: Tensor
+    row_weight: Tensor | None
+    row_scale: Tensor | None
 
 
 def max_tiles(rows: int, groups: int, tile_rows: int) -> int:
@@ -69,7 +78,14 @@ def max_tiles(rows: int, groups: int, tile_rows: int) -> int:
     return min(rows, rows // tile_rows + min(groups, rows))
 
 
-def align(topk_ids: Tensor, num_experts: int, tile_rows: int, num_zeroed: int) -> Alignment:
+def align(
+    topk_ids: Tensor,
+    num_experts: int,
+    tile_rows: int,
+    num_zeroed: int = 0,
+    weights: Tensor | None = None,
+    token_scale: Tensor | None = None,
+) -> Alignment:
     """Sorts the slots of ``topk_ids`` by expert, stably, in one launch.
 
     Args:
@@ -77,6 +93,8 @@ def align(topk_ids: Tensor, num_experts: int, tile_rows: int, num_zeroed: int) -
         num_experts: E.
         tile_rows: the most rows of a tile.
         num_zeroed: Z, how many zeros are wanted.
+        weights: bf16, fp16 or fp32 [T, k], to be sorted as the slots are; or None.
+        token_scale: fp32 [T], to be spread over the rows of each token; or None.
 
     Raises:
         RuntimeError: more experts than the kernel counts.
@@ -93,12 +111,27 @@ def align(topk_ids: Tensor, num_experts: int, tile_rows: int, num_zeroed: int) -
         ids.new_empty(slots, dtype=integers),
         ids.new_empty((max_tiles(slots, num_experts, tile_rows) + 1, SCHEDULE_COLUMNS), dtype=integers),
         ids.new_empty(num_zeroed, dtype=integers),
+        None if weights is None else ids.new_empty(slots, dtype=torch.float32),
+        None if token_scale is None else ids.new_empty(slots, dtype=torch.float32),
     )
     config = AlignConfig(
         index_dtype="int64" if ids.dtype == torch.int64 else "int32",
         ctas=1 if slots <= SINGLE_CTA_SLOTS else CLUSTER_CTAS,
+        weight_dtype="" if weights is None else DTYPE_NAMES[weights.dtype],
+        has_token_scale=token_scale is not None,
     )
-    cache.kernel("sm90.moe_align", config)(ids.contiguous(), *alignment, num_experts, tile_rows)
+    absent = ids.new_empty(0, dtype=torch.float32)
+    cache.kernel("sm90.moe_align", config)(
+        ids.contiguous(),
+        *alignment[:4],
+        absent if weights is None else weights.reshape(-1).contiguous(),
+        absent if alignment.row_weight is None else alignment.row_weight,
+        absent if token_scale is None else token_scale.contiguous(),
+        absent if alignment.row_scale is None else alignment.row_scale,
+        num_experts,
+        topk_ids.shape[1],
+        tile_rows,
+    )
     return alignment
 
 

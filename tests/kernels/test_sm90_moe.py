@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsv4_compile import nvfp4
+from dsv4_compile.ops.dispatch import grouped_unaligned, zero_tail
 from dsv4_compile.ops.dispatch.moe_align import (
     AlignConfig,
     ScheduleConfig,
@@ -115,6 +116,13 @@ def test_max_tiles_holds_every_routing(skew: str) -> None:
 
 CONFIGS: list[tuple[str, Any]] = [
     *(("sm90.moe_align", AlignConfig(dtype, ctas)) for dtype in ("int32", "int64") for ctas in (1, 8)),
+    ("sm90.moe_align", AlignConfig("int64", 1, "bfloat16", True)),
+    ("sm90.moe_align", AlignConfig("int64", 8, "bfloat16", True)),
+    *(("sm90.grouped_unaligned", grouped_unaligned.Config(dtype)) for dtype in ("bfloat16", "float16", "float32")),
+    ("sm90.grouped_unaligned", grouped_unaligned.Config("bfloat16", True)),
+    ("sm90.grouped_unaligned", grouped_unaligned.Config("float16", True, True)),
+    ("sm90.grouped_unaligned", grouped_unaligned.Config("float32", True, True)),
+    *(("sm90.zero_tail", zero_tail.Config(element_bytes)) for element_bytes in (2, 4)),
     *(("sm90.moe_align", ScheduleConfig(is_static)) for is_static in (False, True)),
     *(
         ("sm90.moe_combine", CombineConfig(out, weight))
@@ -138,6 +146,10 @@ def test_compiles_offline(name: str, config: Any) -> None:
         assert code.registers <= 64  # 1024 threads
         assert code.count(r"STG\.E\.128") >= 1
         assert code.count(r"UCGABAR_ARV") == (2 if getattr(config, "ctas", 1) > 1 else 0)
+    elif name == "sm90.grouped_unaligned":
+        assert code.count(r"HMMA\.16816\.F32\.BF16") == (2 if config.is_swiglu else 1)
+    elif name == "sm90.zero_tail":
+        assert code.registers <= 16
     elif name == "sm90.moe_requantize":
         assert code.registers <= 64  # four CTAs of 256 threads
         assert code.count(r"LDG\.E\.128") >= (2 if config.granularity == "token" else 4)
@@ -188,15 +200,22 @@ def test_align_random_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_align(ids: Integers, shape: tuple[int, int], experts: int, tile_rows: int, dtype: torch.dtype) -> None:
     given = torch.from_numpy(ids).to(dtype).reshape(shape).cuda()
-    first = align(given, experts, tile_rows, 7)
+    weights, scales = torch.rand(shape).to(torch.bfloat16), torch.rand(shape[0])
+    carried = dtype == torch.int64
+    more = (weights.cuda(), scales.cuda()) if carried else ()
+    first = align(given, experts, tile_rows, 7, *more)
     sorted_slots, row_of_slot, schedule = expected_alignment(ids, experts, tile_rows)
-    for result in (first, align(given, experts, tile_rows, 7)):
+    for result in (first, align(given, experts, tile_rows, 7, *more)):
         np.testing.assert_array_equal(result.sorted_slots.cpu().numpy(), sorted_slots)
         np.testing.assert_array_equal(result.row_of_slot.cpu().numpy(), row_of_slot)
         actual = result.schedule.cpu().numpy()
         np.testing.assert_array_equal(actual[: len(schedule)], schedule)
         assert (actual[len(schedule) :] == POISON).all()
         assert result.zeroed.tolist() == [0] * 7
+        if carried:
+            order = torch.from_numpy(sorted_slots[: schedule[0, 1]])
+            assert torch.equal(result.row_weight[: len(order)].cpu(), weights.flatten()[order].float())
+            assert torch.equal(result.row_scale[: len(order)].cpu(), scales[order // max(1, shape[1])])
 
 
 @pytest.mark.gpu
@@ -297,6 +316,18 @@ def test_requantize(dtype: torch.dtype, granularity: str, monkeypatch: pytest.Mo
             assert torch.equal(actual.isnan(), expected.isnan())
             assert torch.equal(actual.nan_to_num(), expected.nan_to_num())
             assert torch.equal(actual.nan_to_num().signbit(), expected.nan_to_num().signbit())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_zero_tail(dtype: torch.dtype) -> None:
+    """Guards against a row too many or too few."""
+    for rows, columns, valid in ((5, 10, 3), (5, 10, 0), (5, 10, 5), (3000, 1001, 17)):
+        out = torch.ones(rows, columns, dtype=dtype, device="cuda")
+        schedule = torch.tensor([[0, valid, 0, 0]] * 2, dtype=torch.int32, device="cuda")
+        zero_tail.zero_tail(out, schedule)
+        assert out[:valid].eq(1).all()
+        assert out[valid:].eq(0).all()
 
 
 def test_records_kernels_on_meta_tensors() -> None:

@@ -7,7 +7,7 @@ between the two walks.
 """
 
 import cutlass
-from cutlass import Int32, Uint16, cute
+from cutlass import Float32, Int32, Uint16, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from dsv4_compile.ops.dispatch.moe_align import MAX_EXPERTS, AlignConfig, ScheduleConfig
@@ -95,10 +95,17 @@ def count_or_place(
     start: cute.Tensor,
     sorted_slots: cute.Tensor,
     row_of_slot: cute.Tensor,
+    weights: cute.Tensor,
+    row_weight: cute.Tensor,
+    token_scale: cute.Tensor,
+    row_scale: cute.Tensor,
     experts: Int32,
+    top_k: Int32,
     first: Int32,
     steps: Int32,
     is_placing: cutlass.Constexpr,
+    has_weights: cutlass.Constexpr,
+    has_token_scale: cutlass.Constexpr,
 ):
     """A warp's walk over ``32 steps`` slots from ``first`` on; ``counters`` are the warp's own [E]."""
     lane = cute.arch.lane_idx()
@@ -124,6 +131,10 @@ def count_or_place(
                         row = start[expert] + Int32(counters[expert]) + Int32(lower)
                         sorted_slots[row] = slot
                         row_of_slot[slot] = row
+                        if cutlass.const_expr(has_weights):
+                            row_weight[row] = Float32(weights[slot])
+                        if cutlass.const_expr(has_token_scale):
+                            row_scale[row] = token_scale[slot // top_k]
                     elif slot < slots:
                         row_of_slot[slot] = Int32(-1)
                     cute.arch.sync_warp()
@@ -139,8 +150,15 @@ def align_kernel(
     row_of_slot: cute.Tensor,
     schedule: cute.Tensor,
     zeroed: cute.Tensor,
+    weights: cute.Tensor,
+    row_weight: cute.Tensor,
+    token_scale: cute.Tensor,
+    row_scale: cute.Tensor,
     experts: Int32,
+    top_k: Int32,
     tile_rows: Int32,
+    has_weights: cutlass.Constexpr,
+    has_token_scale: cutlass.Constexpr,
     ctas: cutlass.Constexpr,
     pdl: cutlass.Constexpr,
 ):
@@ -173,7 +191,10 @@ def align_kernel(
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
 
-    count_or_place(ids, counters[warp, None], start, sorted_slots, row_of_slot, experts, first, steps, is_placing=False)
+    count_or_place(
+        ids, counters[warp, None], start, sorted_slots, row_of_slot, weights, row_weight, token_scale, row_scale,
+        experts, top_k, first, steps, False, has_weights, has_token_scale,
+    )  # fmt: skip
     cute.arch.sync_threads()
 
     expert = thread
@@ -210,7 +231,10 @@ def align_kernel(
         tile_start[0] = Int32(0)
     cute.arch.sync_threads()
 
-    count_or_place(ids, counters[warp, None], start, sorted_slots, row_of_slot, experts, first, steps, is_placing=True)
+    count_or_place(
+        ids, counters[warp, None], start, sorted_slots, row_of_slot, weights, row_weight, token_scale, row_scale,
+        experts, top_k, first, steps, True, has_weights, has_token_scale,
+    )  # fmt: skip
     first_of_all = cta * THREADS + thread
     write_tiles(
         schedule, row_start, tile_start, experts, Int32(0), Int32(0), tile_rows, first_of_all, Int32(ctas * THREADS)
@@ -290,14 +314,22 @@ def launch_align(
     row_of_slot: cute.Tensor,
     schedule: cute.Tensor,
     zeroed: cute.Tensor,
+    weights: cute.Tensor,
+    row_weight: cute.Tensor,
+    token_scale: cute.Tensor,
+    row_scale: cute.Tensor,
     experts: Int32,
+    top_k: Int32,
     tile_rows: Int32,
     stream,
+    has_weights: cutlass.Constexpr,
+    has_token_scale: cutlass.Constexpr,
     ctas: cutlass.Constexpr,
     pdl: cutlass.Constexpr,
 ):
     align_kernel(
-        ids, sorted_slots, row_of_slot, schedule, zeroed, experts, tile_rows, ctas, pdl
+        ids, sorted_slots, row_of_slot, schedule, zeroed, weights, row_weight, token_scale, row_scale,
+        experts, top_k, tile_rows, has_weights, has_token_scale, ctas, pdl,
     ).launch(grid=(ctas, 1, 1), block=(THREADS, 1, 1), cluster=(ctas, 1, 1), stream=stream, use_pdl=pdl)  # fmt: skip
 
 
@@ -334,7 +366,11 @@ def build(config):
         )  # fmt: skip
     assert isinstance(config, AlignConfig)
     index_dtype = cutlass.Int64 if config.index_dtype == "int64" else Int32
+    dtypes = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float32": Float32, "": Float32}
+    weight_dtype = dtypes[config.weight_dtype]
     return launch_align, (
         _vector(index_dtype, index_dtype.width // 8), _vector(Int32), _vector(Int32), _schedule(), _vector(Int32),
-        Int32(1), Int32(1), stream, config.ctas, config.pdl,
+        _vector(weight_dtype, weight_dtype.width // 8), _vector(Float32), _vector(Float32), _vector(Float32),
+        Int32(1), Int32(1), Int32(1), stream,
+        bool(config.weight_dtype), config.has_token_scale, config.ctas, config.pdl,
     )  # fmt: skip

@@ -1,0 +1,127 @@
+"""``nvfp4_moe`` on Hopper: which kernels run, a fixed number of them, none of whose grids depends on the routing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dsv4_compile.ops.dispatch.expand import expand
+from dsv4_compile.ops.dispatch.grouped_unaligned import grouped_unaligned
+from dsv4_compile.ops.dispatch.grouped_wgmma import grouped_wgmma, partial_amax_size, supports_grouped_wgmma
+from dsv4_compile.ops.dispatch.moe_align import align
+from dsv4_compile.ops.dispatch.moe_combine import combine
+from dsv4_compile.ops.dispatch.moe_requantize import requantize
+from dsv4_compile.ops.kernels.device import require_hopper
+
+OP = "nvfp4_moe"
+UNALIGNED_TILE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call runs.
+
+    Attributes:
+        path: ``wgmma``, or ``unaligned`` for widths that TMA cannot read.
+        tile_rows: the most rows of a tile.
+    """
+
+    path: Literal["wgmma", "unaligned"]
+    tile_rows: int
+
+
+def tile_rows_of(rows: int, experts: int) -> int:
+    """Rows of a tile for that many routed rows: what holds the rows of most experts that are hit."""
+    average = rows / max(1, min(rows, experts))
+    for limit, tile_rows in ((8, 16), (24, 32), (48, 64), (160, 128)):
+        if average <= limit:
+            return tile_rows
+    return 256
+
+
+def run(
+    out: Tensor,
+    a_codes: Tensor,
+    a_block_scales: Tensor,
+    a_global_scale: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_codes: Tensor,
+    gate_up_block_scales: Tensor,
+    gate_up_global_scale: Tensor,
+    down_codes: Tensor,
+    down_block_scales: Tensor,
+    down_global_scale: Tensor,
+    limit: float,
+    weight_position: str,
+    granularity: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Writes ``out`` [T, H] and returns it; see :func:`dsv4_compile.ops.nvfp4_moe.nvfp4_moe`."""
+    require_hopper(OP, a_codes)
+    top_k, rows = topk_ids.shape[1], topk_ids.numel()
+    experts, hidden = down_codes.shape[:2]
+    intermediate = gate_up_codes.shape[1] // 2
+    if out.numel() == 0:
+        return out
+    if rows * experts * intermediate == 0:
+        return out.zero_()
+
+    is_before = weight_position == "before_down"
+    is_token = a_global_scale.dim() > 0 and a_global_scale.shape[0] > 1
+    plan = plan_of(rows, gate_up_codes, gate_up_block_scales, down_codes, down_block_scales)
+    alignment = align(
+        topk_ids,
+        experts,
+        plan.tile_rows,
+        num_zeroed=1,
+        weights=topk_weights if is_before else None,
+        token_scale=a_global_scale if is_token else None,
+    )
+    schedule = alignment.schedule
+    row_scale = a_global_scale if alignment.row_scale is None else alignment.row_scale
+    x = expand(a_codes, a_block_scales, alignment.sorted_slots, top_k)
+    h = x.new_empty((rows, intermediate), dtype=out_dtype)
+    y_shape = rows, hidden
+    if plan.path == "unaligned":
+        grouped_unaligned(
+            x, row_scale, gate_up_codes, gate_up_block_scales, gate_up_global_scale, schedule, h,
+            swiglu_limit=limit, row_weight=alignment.row_weight, amax=alignment.zeroed,
+        )  # fmt: skip
+        partial_amax = alignment.zeroed.view(torch.float32)
+    else:
+        partial_amax = x.new_empty(partial_amax_size(x), dtype=torch.float32)
+        grouped_wgmma(
+            x, row_scale, gate_up_codes, gate_up_block_scales, gate_up_global_scale, schedule, plan.tile_rows, h,
+            swiglu_limit=limit, row_weight=alignment.row_weight, partial_amax=partial_amax,
+        )  # fmt: skip
+    del x  # its memory serves for y
+    scaled, h_scale = requantize(h, partial_amax, schedule, granularity, h if h.dtype == torch.bfloat16 else None)
+    y = h.new_empty(y_shape, dtype=torch.float32)
+    if plan.path == "unaligned":
+        grouped_unaligned(scaled, h_scale, down_codes, down_block_scales, down_global_scale, schedule, y)
+    else:
+        grouped_wgmma(scaled, h_scale, down_codes, down_block_scales, down_global_scale, schedule, plan.tile_rows, y)
+    combine(y, alignment.row_of_slot, None if is_before else topk_weights, top_k, out)
+    return out
+
+
+def plan_of(
+    rows: int,
+    gate_up_codes: Tensor,
+    gate_up_block_scales: Tensor,
+    down_codes: Tensor,
+    down_block_scales: Tensor,
+) -> Plan:
+    """The plan for that many rows."""
+    experts, hidden = down_codes.shape[:2]
+    x = gate_up_codes.new_empty((rows, hidden), dtype=torch.bfloat16, device="meta")
+    h = gate_up_codes.new_empty((rows, 2 * down_codes.shape[2]), dtype=torch.bfloat16, device="meta")
+    if supports_grouped_wgmma(x, gate_up_codes, gate_up_block_scales) and supports_grouped_wgmma(
+        h, down_codes, down_block_scales
+    ):
+        return Plan("wgmma", tile_rows_of(rows, experts))
+    return Plan("unaligned", UNALIGNED_TILE_ROWS)
