@@ -10,7 +10,7 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from dsv4_compile.ops.dispatch.grouped_unaligned import BLOCK_ROWS, WARPS, Config
 from dsv4_compile.ops.kernels.sm90 import numerics as nm
-from dsv4_compile.ops.kernels.sm90.instructions import mma_bf16
+from dsv4_compile.ops.kernels.sm90.instructions import mma
 
 TOKENS = 8  # a step
 NOT_FINITE = 0x7F800000
@@ -74,8 +74,8 @@ def grouped_kernel(
                     low = decode_row(its_codes, its_scales, row, block, member)
                     row = part * columns + cutlass.min(first + quad + 8, columns - 1)
                     high = decode_row(its_codes, its_scales, row, block, member)
-                    total = mma_bf16(
-                        [sums[i, part] for i in range(4)], (low[0], high[0], low[1], high[1]), columns_of_b
+                    total = mma(
+                        [sums[i, part] for i in range(4)], (low[0], high[0], low[1], high[1]), columns_of_b, "bf16"
                     )
                     for i in cutlass.range_constexpr(4):
                         sums[i, part] = total[i]

@@ -9,7 +9,7 @@ from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from dsv4_compile.ops.dispatch.moe_combine import CombineConfig
-from dsv4_compile.ops.kernels.sm90.instructions import add_f32, multiply_f32
+from dsv4_compile.ops.kernels.sm90.numerics import add, multiply
 
 THREADS = 256
 COLUMNS = 4  # a thread
@@ -55,8 +55,8 @@ def combine_kernel(
                     for column in cutlass.range_constexpr(COLUMNS):
                         part = parts[column, ahead]
                         if cutlass.const_expr(has_weights):
-                            part = multiply_f32(part, weight[ahead])
-                        total[column] = add_f32(total[column], part)
+                            part = multiply(part, weight[ahead])
+                        total[column] = add(total[column], part)
         rounded = cute.make_rmem_tensor(COLUMNS, out.element_type)
         rounded.store(total.load().to(out.element_type))
         cute.autovec_copy(rounded, out[(Int64(token), vector, None)])
