@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv4_compile import nvfp4
+from dsv4_compile.ops.dispatch.nvfp4_mm import run_packed
 from dsv4_compile.ops.registration import FLOAT_DTYPES, check_dtype, check_packed, define
 
 OP = "nvfp4_mm"
@@ -77,11 +78,27 @@ def reference(
     return out
 
 
+def on_hopper(
+    a_codes: Tensor,
+    a_block_scales: Tensor,
+    a_global_scale: Tensor,
+    b_codes: list[Tensor],
+    b_block_scales: list[Tensor],
+    b_global_scales: list[Tensor],
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """CUDA kernels; see ``dispatch/nvfp4_mm.py``."""
+    out = allocate(a_codes, a_block_scales, a_global_scale, b_codes, b_block_scales, b_global_scales, bias, out_dtype)
+    return run_packed(out, a_codes, a_block_scales, a_global_scale, b_codes, b_block_scales, b_global_scales, bias)
+
+
 _op = define(
     f"{OP}(Tensor a_codes, Tensor a_block_scales, Tensor a_global_scale, Tensor[] b_codes, Tensor[] b_block_scales,"
     " Tensor[] b_global_scales, Tensor? bias, ScalarType out_dtype) -> Tensor",
     fake=allocate,
     cpu=reference,
+    cuda=on_hopper,
 )
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv4_compile import nvfp4
+from dsv4_compile.ops.dispatch.nvfp4_mm import run_bf16
 from dsv4_compile.ops.registration import FLOAT_DTYPES, check_dtype, check_packed, define
 
 OP = "nvfp4_weight_mm"
@@ -69,11 +70,25 @@ def reference(
     return out
 
 
+def on_hopper(
+    x: Tensor,
+    b_codes: list[Tensor],
+    b_block_scales: list[Tensor],
+    b_global_scales: list[Tensor],
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """CUDA kernels; see ``dispatch/nvfp4_mm.py``."""
+    out = allocate(x, b_codes, b_block_scales, b_global_scales, bias, out_dtype)
+    return run_bf16(out, x, b_codes, b_block_scales, b_global_scales, bias)
+
+
 _op = define(
     f"{OP}(Tensor x, Tensor[] b_codes, Tensor[] b_block_scales, Tensor[] b_global_scales, Tensor? bias,"
     " ScalarType out_dtype) -> Tensor",
     fake=allocate,
     cpu=reference,
+    cuda=on_hopper,
 )
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from dsv4_compile.ops.kernels import cache
+from dsv4_compile.ops.kernels.device import sm_count
 
 STAGE_K = 256  # K % STAGE_K == 0: a stage of block scales is 16 bytes a row, the least that TMA copies
 BLOCK_ROWS = 128  # weight rows a CTA
@@ -56,4 +60,46 @@ def is_mappable(*tensors: Tensor) -> bool:
         and all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
         and (tensor.is_meta or tensor.data_ptr() % 16 == 0)
         for tensor in tensors
+    )
+
+
+def num_clusters(config: Config, like: Tensor) -> int:
+    """Clusters that a device holds at once: those of four do not fill processor clusters of 18 multiprocessors."""
+    sms = sm_count(like)
+    return sms // 16 * 4 if config.cluster == 4 else sms // config.cluster
+
+
+def launch_dense(
+    config: Config,
+    x: Tensor,
+    row_scale: Tensor | None,
+    codes: Sequence[Tensor],
+    block_scales: Sequence[Tensor],
+    global_scales: Sequence[Tensor],
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    """``out = (x @ (code * block scale).T) * (row_scale * global scale) + bias``, the columns of all weights side by side.
+
+    Args:
+        config: its ``num_weights`` is that of the lists.
+        x: bf16 [M, K], K % 256 == 0.
+        row_scale: fp32 [1] or [M], or None for 1.
+        codes, block_scales: each uint8 [N_i, K/2], float8_e4m3fn [N_i, K/16], N_i % 8 == 0; see :func:`is_mappable`.
+        global_scales: fp32, each [S_i], one for each of S_i equal segments of that weight's rows.
+        bias: fp32 [sum N_i] or None.
+        out: [M, sum N_i], unit stride along the columns, rows and base at multiples of 16 bytes.
+    """
+    rows = BLOCK_ROWS * config.multicast
+    tiles = sum(-(-weight.shape[0] // rows) for weight in codes) * -(-x.shape[0] // config.tile_tokens)
+    unused = global_scales[0]  # stands for an absent argument
+    cache.kernel("sm90.wgmma_w4", config)(
+        x,
+        unused if row_scale is None else row_scale,
+        list(codes),
+        list(block_scales),
+        list(global_scales),
+        unused if bias is None else bias,
+        out,
+        min(tiles, num_clusters(config, x)) * config.cluster,
     )

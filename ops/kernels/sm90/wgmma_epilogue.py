@@ -361,4 +361,3 @@ class Epilogue:
         cute.arch.sync_warp()
         if lane < config.splits:
             arrive_cluster(Int32(barrier.toint()), lane * config.multicast + member)
-

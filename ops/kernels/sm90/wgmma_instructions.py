@@ -71,7 +71,9 @@ def load_shared_v4(address, *, loc=None, ip=None):
 @dsl_user_op
 def map_to_cluster(address, rank, *, loc=None, ip=None):
     """The address of a shared address in another CTA of the cluster."""
-    return Int32(_asm(T.i32(), _i32([address, rank], loc, ip), "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", False, loc, ip))
+    return Int32(
+        _asm(T.i32(), _i32([address, rank], loc, ip), "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", False, loc, ip)
+    )
 
 
 @dsl_user_op

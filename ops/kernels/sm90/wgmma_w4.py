@@ -94,7 +94,9 @@ class WgmmaW4:
         stream,
     ):
         """See ``ops/dispatch/nvfp4_mm.py``."""
-        self.launch(x, row_scale, codes, scales, global_scales, x, bias, bias, bias, out, Float32(0.0), num_ctas, stream)
+        self.launch(
+            x, row_scale, codes, scales, global_scales, x, bias, bias, bias, out, Float32(0.0), num_ctas, stream
+        )
 
     @cute.jit
     def grouped(
@@ -334,9 +336,7 @@ class WgmmaW4:
         """One warp: codes and block scales by TMA, each stage in two halves of 64 rows."""
         config = self.config
         code_ring = cute.make_tensor(
-            cute.recast_ptr(
-                (base + self.code_offset).align(1024), swizzle_=cute.make_swizzle(3, 4, 3), dtype=Uint8
-            ),
+            cute.recast_ptr((base + self.code_offset).align(1024), swizzle_=cute.make_swizzle(3, 4, 3), dtype=Uint8),
             cute.make_layout(
                 (HALF_ROWS, CODE_BYTES, 2 * self.weight_stages), stride=(CODE_BYTES, 1, HALF_ROWS * CODE_BYTES)
             ),
@@ -575,9 +575,9 @@ class WgmmaW4:
                 start = block_ends[i]
                 column = column + weight_rows
             if cutlass.const_expr(self.is_grouped):
-                scale_address = scale_address + Int64(
-                    cutlass.min(expert, Int32(global_scales[0].shape[0]) - 1) * segments
-                ) * 4
+                scale_address = (
+                    scale_address + Int64(cutlass.min(expert, Int32(global_scales[0].shape[0]) - 1) * segments) * 4
+                )
             largest = self.epilogue.store(
                 accumulators, base, self.epilogue_offset, split_barriers, row_scale, scale_address, segments, bias,
                 row_weight, out, limit, rows, first_row, first_column, first, count, rank, thread, warp, tile_count,
