@@ -1,0 +1,299 @@
+"""``sm90.wgmma_w4``: every kind of variant compiled here and its machine code read; run on a GPU against float64.
+
+Bound of a product, used throughout: both operands are exact in bf16, and a wgmma adds 16 products of a step to the sum
+with at least 23 bits of the largest, truncated; so the sum is off by at most ``(K / 16 + 16) 2^-22 sum |x w|``.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv4_compile.ops.dispatch.grouped_wgmma import grouped_wgmma, partial_amax_size
+from dsv4_compile.ops.dispatch.wgmma_w4 import OUT_DTYPE_NAMES, Config, launch_dense
+from dsv4_compile.ops.kernels import compilation
+from tests import nvfp4_oracle as oracle
+
+TORCH_DTYPES = {name: dtype for dtype, name in OUT_DTYPE_NAMES.items()}
+UNIT_ROUNDOFF = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 2.0**-23}
+
+CONFIGS = [
+    *(Config("dense", tokens) for tokens in (16, 32, 64, 128)),
+    *(Config("dense", tokens, multicast=2) for tokens in (64, 128, 256)),
+    Config("dense", 64, splits=4),
+    Config("dense", 128, multicast=2, splits=2),
+    Config("dense", 64, num_weights=3, has_bias=True, out_dtype="fp32"),
+    Config("dense", 32, num_weights=4, splits=4, has_row_scale=False, has_bias=True, out_dtype="fp16"),
+    Config("grouped", 16),
+    Config("grouped", 128, multicast=2, has_row_scale=False),
+    Config("swiglu", 16, has_amax=True),
+    Config("swiglu", 64, has_row_weight=True, has_amax=True),
+    Config("swiglu", 128, multicast=2, has_amax=True),
+    Config("swiglu", 32, has_row_weight=True, has_amax=True, out_dtype="fp32"),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_machine_code(config: Config) -> None:
+    """Guards against a spill, an accumulator in local memory, and wgmmas that the compiler serialises or splits.
+
+    16 k16 steps are unrolled; 384 threads get 168 registers each at the launch and share them out afterwards.
+    """
+    code = compilation.machine_code("sm90.wgmma_w4", config)
+    assert code.spill_bytes == 0
+    assert code.count(r"\b(LDL|STL)\b") == 0
+    assert code.registers <= 168
+    assert code.count(rf"HGMMA\.64x{config.tile_tokens}x16\.F32\.BF16") == code.count("HGMMA") == 16
+    # One wait after each two wgmmas that leaves the last ones in flight, and one at the end of a tile that leaves none.
+    assert code.count(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1") == 8
+    assert code.count(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0") == 1
+    assert code.count("UTMALDG") == (1 if config.mode != "dense" else config.num_weights) * 4 + 1
+    assert code.count("USETMAXREG") == 2
+
+
+def scaled(codes: Tensor, block_scales: Tensor) -> Tensor:
+    """``code * block scale`` in float64 by the oracle's tables, on the device of the codes."""
+    values = torch.tensor([*oracle.E2M1_TABLE, *-oracle.E2M1_TABLE], dtype=torch.float64, device=codes.device)
+    scales = torch.tensor([*oracle.E4M3_TABLE, torch.nan], dtype=torch.float64, device=codes.device)
+    nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).int()
+    blocks = values[nibbles].unflatten(-1, (-1, 16)) * scales[block_scales.view(torch.uint8).int()].unsqueeze(-1)
+    return blocks.flatten(-2)
+
+
+def any_weight(*shape: int) -> tuple[Tensor, Tensor]:
+    """Any codes, block scales of all magnitudes, [..., N, K] elements."""
+    *lead, k = shape
+    codes = torch.randint(0, 256, (*lead, k // 2), dtype=torch.uint8, device="cuda")
+    block_scales = torch.randint(0, 0x60, (*lead, k // 16), dtype=torch.uint8, device="cuda")
+    block_scales[..., 1::5] = 0x7E
+    return codes, block_scales.view(torch.float8_e4m3fn)
+
+
+def assert_close(actual: Tensor, expected: Tensor, error: Tensor, out_dtype: str) -> None:
+    """Each element within the error of its sum and one rounding."""
+    distance = (actual.double() - expected).abs()
+    allowed = error + (expected.abs() + error) * UNIT_ROUNDOFF[out_dtype] + 2.0**-140
+    wrong = ~(distance <= allowed)
+    assert not wrong.any(), (
+        f"{int(wrong.sum())} of {wrong.numel()} wrong, first {wrong.nonzero()[:4].tolist()}: "
+        f"{actual[wrong][:4].tolist()} not {expected[wrong][:4].tolist()}"
+    )
+
+
+def sum_error(k: int) -> float:
+    return (k / 16 + 16) * 2.0**-22
+
+
+def run_dense(config: Config, tokens: int, rows: Sequence[int], k: int) -> None:
+    """One call with fresh operands into a poisoned output, checked in whole and repeated."""
+    weights = [any_weight(n, k) for n in rows]
+    global_scales = [torch.rand(1 if n % 3 else n // 8, device="cuda") + 0.5 for n in rows]
+    x = torch.randn(tokens, 2 * k, device="cuda").bfloat16()[:, :k]  # rows that do not touch
+    row_scale = torch.rand(tokens if tokens % 2 else 1, device="cuda") + 0.5 if config.has_row_scale else None
+    bias = torch.randn(sum(rows), device="cuda") if config.has_bias else None
+    outs = []
+    for poison in (torch.nan, -1.0):
+        padded = torch.full((tokens + 2, sum(rows) + 16), poison, device="cuda", dtype=TORCH_DTYPES[config.out_dtype])
+        codes, block_scales = ([weight[i] for weight in weights] for i in range(2))
+        launch_dense(config, x, row_scale, codes, block_scales, global_scales, bias, padded[1:-1, 8:-8])
+        outs.append(padded[1:-1, 8:-8].clone())
+        padded[1:-1, 8:-8] = poison
+        assert padded.isnan().all() if poison != -1.0 else (padded == poison).all(), "written outside"
+    assert torch.equal(outs[0].view(torch.uint8), outs[1].view(torch.uint8)), "not the same bits twice"
+
+    a = x.double() if row_scale is None else x.double() * row_scale.double().unsqueeze(1)
+    w = torch.cat(
+        [
+            scaled(*weight) * scale.double().repeat_interleave(weight[0].shape[0] // scale.numel()).unsqueeze(1)
+            for weight, scale in zip(weights, global_scales, strict=True)
+        ]
+    )
+    expected, magnitude = a @ w.T, a.abs() @ w.abs().T
+    error = magnitude * (sum_error(k) + 2.0**-22)  # two roundings of the scales
+    if bias is not None:
+        expected, error = expected + bias, error + (magnitude + bias.abs()) * 2.0**-23
+    assert_close(outs[0], expected, error, config.out_dtype)
+
+
+DENSE = [config for config in CONFIGS if config.mode == "dense"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", DENSE, ids=str)
+def test_dense(config: Config) -> None:
+    """Guards against a wrong index map, an edge of tokens, rows or stages, and a ring that wraps wrongly."""
+    torch.manual_seed(DENSE.index(config))
+    t = config.tile_tokens
+    for tokens, n, k in ((t, 256, 1024), (1, 8, 256), (t - 3, 264, 2048), (2 * t + 5, 1000, 1536), (9 * t, 2048, 512)):
+        rows = [n, *(8 * (i + 2) * (i + 1) for i in range(config.num_weights - 1))]
+        run_dense(config, tokens, rows, k)
+
+
+@pytest.mark.gpu
+def test_dense_random_shapes() -> None:
+    """Guards against shapes nobody thought of: a hundred."""
+    torch.manual_seed(1)
+    for _ in range(100):
+        config = DENSE[int(torch.randint(len(DENSE), ()))]
+        tokens, k = int(torch.randint(1, 600, ())), 256 * int(torch.randint(1, 9, ()))
+        rows = [8 * int(torch.randint(1, 130, ())) for _ in range(config.num_weights)]
+        run_dense(config, tokens, rows, k)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [Config("dense", 64, out_dtype="fp32"), Config("dense", 64, splits=4)], ids=str)
+def test_one_hot(config: Config) -> None:
+    """Guards against a permutation along K that sums hide: each output is one element of the weight, exactly."""
+    k, n = 1024, 256
+    codes, block_scales = any_weight(n, k)
+    w, one = scaled(codes, block_scales), torch.ones(1, device="cuda")
+    for start in range(0, k, 64):
+        x = torch.zeros(64, k, device="cuda", dtype=torch.bfloat16)
+        x[torch.arange(64), torch.arange(64) + start] = 1
+        out = torch.empty(64, n, device="cuda", dtype=TORCH_DTYPES[config.out_dtype])
+        launch_dense(config, x, one, [codes], [block_scales], [one], None, out)
+        assert torch.equal(out.double(), w[:, start : start + 64].T)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [64, 256])
+def test_non_finite(tokens: int) -> None:
+    """Guards against a NaN scale that decodes to 480, and a NaN that leaves its row or column."""
+    multicast = 2 if tokens > 64 else 1
+    config = Config("dense", tokens, multicast=multicast, out_dtype="fp32")
+    codes, block_scales = any_weight(384, 512)
+    codes[:, :] |= 0x11  # no zero code: an infinite activation times zero is NaN
+    block_scales.view(torch.uint8)[:] |= 1
+    x = torch.randn(tokens, 512, device="cuda").bfloat16()
+    one, outs = torch.ones(1, device="cuda"), []
+    for damaged in (False, True):
+        if damaged:
+            block_scales.view(torch.uint8)[77, 30] = 0x7F
+            x[5, 100], x[9, 3], x[11, 511] = torch.nan, torch.inf, -torch.inf
+        out = torch.empty(tokens, 384, device="cuda")
+        launch_dense(config, x, one, [codes], [block_scales], [one], None, out)
+        outs.append(out)
+    before, after = outs
+    assert before.isfinite().all()
+    assert after[5].isnan().all()
+    assert after[:, 77].isnan().all()
+    other_columns = [column for column in range(384) if column != 77]
+    assert after[[9, 11]][:, other_columns].isinf().all()
+    kept = [row for row in range(tokens) if row not in (5, 9, 11)]
+    assert torch.equal(after[kept][:, other_columns], before[kept][:, other_columns])
+
+
+def schedule_of(counts: Sequence[int], tile_rows: int) -> Tensor:
+    """The tiles of groups side by side, and garbage after them."""
+    tiles, begin = [], 0
+    for expert, count in enumerate(counts):
+        tiles += [(expert, begin + i, min(tile_rows, count - i), 0) for i in range(0, count, tile_rows)]
+        begin += count
+    garbage = [(-5, -5, 1 << 20, -5)] * 3
+    return torch.tensor([(len(tiles), begin, 0, 0), *tiles, *garbage], dtype=torch.int32, device="cuda")
+
+
+def run_grouped(config: Config, counts: Sequence[int], n: int, k: int, limit: float = 10.0) -> None:
+    """One grouped call with fresh operands into a poisoned output, checked in whole and repeated."""
+    is_swiglu = config.mode == "swiglu"
+    experts, rows = len(counts), sum(counts)
+    codes, block_scales = any_weight(experts, n, k)
+    global_scale = (torch.rand(experts, 2, device="cuda") + 0.5) * (2e-4 if is_swiglu else 1.0)
+    x = torch.randn(rows + 3, k, device="cuda").bfloat16()
+    x[rows:] = torch.nan  # rows of no group
+    row_scale = torch.rand(rows + 3, device="cuda") + 0.5 if config.has_row_scale else None
+    row_weight = torch.rand(rows + 3, device="cuda") if config.has_row_weight else None
+    outs = []
+    for poison in (torch.nan, -1.0):
+        out = torch.full(
+            (rows + 3, n // 2 if is_swiglu else n), poison, device="cuda", dtype=TORCH_DTYPES[config.out_dtype]
+        )
+        amax = torch.full((partial_amax_size(x),), torch.nan, device="cuda") if config.has_amax else None
+        grouped_wgmma(
+            x,
+            row_scale,
+            codes,
+            block_scales,
+            global_scale,
+            schedule_of(counts, config.tile_tokens),
+            config.tile_tokens,
+            out,
+            swiglu_limit=limit if is_swiglu else None,
+            row_weight=row_weight,
+            partial_amax=amax,
+        )
+        assert out[rows:].isnan().all() if poison != -1.0 else (out[rows:] == poison).all(), "written outside"
+        if amax is not None:
+            assert amax.max() == (out[:rows].abs().max().float() if rows else 0.0)
+        outs.append(out[:rows])
+    assert torch.equal(outs[0].view(torch.uint8), outs[1].view(torch.uint8)), "not the same bits twice"
+
+    begin = 0
+    for expert, count in enumerate(counts):
+        group = slice(begin, begin + count)
+        begin += count
+        if count == 0:
+            continue
+        a = x[group].double() if row_scale is None else x[group].double() * row_scale[group].double().unsqueeze(1)
+        w = scaled(codes[expert], block_scales[expert]) * global_scale[expert].double().repeat_interleave(
+            n // 2
+        ).unsqueeze(1)
+        expected, error = a @ w.T, (a.abs() @ w.abs().T) * (sum_error(k) + 2.0**-22)
+        if is_swiglu:  # |silu'| < 1.1; silu within 3 2^-23 of its value, and two products
+            (gate, up), (gate_error, up_error) = expected.chunk(2, dim=1), error.chunk(2, dim=1)
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+            silu = torch.nn.functional.silu(gate)
+            error = 1.1 * gate_error * (up.abs() + up_error) + silu.abs() * up_error
+            expected = silu * up
+            error = error + expected.abs() * 2.0**-20
+            if row_weight is not None:
+                weight = row_weight[group].double().unsqueeze(1)
+                expected, error = expected * weight, error * weight
+        assert_close(outs[0][group], expected, error, config.out_dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [config for config in CONFIGS if config.mode != "dense"], ids=str)
+def test_grouped(config: Config) -> None:
+    """Guards against a tile of the wrong expert, a row of a neighbour that is stored, and a schedule read too far."""
+    torch.manual_seed(2)
+    for counts, n, k in (
+        ((5, 0, 33, 1, 0, 200, 64, 0), 416, 512),
+        ((0, 0, 0), 64, 256),
+        ((1,), 32, 256),
+        ((300, 17), 1056, 1024),
+        (tuple(range(40)), 256, 256),
+    ):
+        run_grouped(config, counts, n, k)
+
+
+@pytest.mark.gpu
+def test_grouped_without_limit() -> None:
+    """Guards against an infinite limit that makes NaN."""
+    run_grouped(Config("swiglu", 64, has_amax=True), (70, 3), 128, 512, limit=float("inf"))
+
+
+@pytest.mark.gpu
+def test_amax_is_that_of_finite_values() -> None:
+    """Guards against an amax of NaN or Inf, or of the rows of another group."""
+    codes, block_scales = any_weight(2, 128, 256)
+    x = torch.randn(40, 256, device="cuda").bfloat16()
+    x[3, 0], x[35:] = torch.nan, 1e30
+    out = torch.empty(40, 64, device="cuda", dtype=torch.bfloat16)
+    amax = torch.full((partial_amax_size(x),), torch.nan, device="cuda")
+    schedule = schedule_of((30, 5), 64)
+    scale = torch.full((2,), 1e-3, device="cuda")
+    grouped_wgmma(x, None, codes, block_scales, scale, schedule, 64, out, swiglu_limit=float("inf"), partial_amax=amax)
+    assert out[3].isnan().all()
+    finite = out[:35][out[:35].isfinite()]
+    assert amax.max() == finite.abs().max().float()
+
+
+def test_variants_are_told_apart() -> None:
+    """Guards against two variants with one cache key: the key is the repr."""
+    assert len({repr(config) for config in CONFIGS}) == len(CONFIGS)
+    for left, right in itertools.pairwise(CONFIGS):
+        assert dataclasses.asdict(left) != dataclasses.asdict(right)
