@@ -6,28 +6,41 @@ import torch
 from torch import Tensor
 
 from dsv4_compile import nvfp4
+from dsv4_compile.ops.dispatch import dequantize_nvfp4 as dispatch
 from dsv4_compile.ops.registration import FLOAT_DTYPES, check_packed, define
 
 OP = "dequantize_nvfp4"
 
 
-def allocate(codes: Tensor, block_scales: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Checks the arguments and returns an uninitialised output."""
+def check(codes: Tensor, block_scales: Tensor, global_scale: Tensor, dtype: torch.dtype) -> None:
+    """Checks the arguments."""
     check_packed(OP, "", codes, block_scales, global_scale)
     torch._check(dtype in FLOAT_DTYPES, lambda: f"{OP}: dtype must be bfloat16, float16 or float32, got {dtype}")
+
+
+def allocate(codes: Tensor, block_scales: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Checks the arguments and returns an uninitialised output."""
+    check(codes, block_scales, global_scale, dtype)
     return codes.new_empty((*codes.shape[:-1], 2 * codes.shape[-1]), dtype=dtype)
 
 
 def reference(codes: Tensor, block_scales: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """CPU kernel: ``code * block scale`` exactly, times the global scale in fp32, then rounded to ``dtype``."""
-    allocate(codes, block_scales, global_scale, dtype)
+    check(codes, block_scales, global_scale, dtype)
     return nvfp4.dequantize(codes, block_scales, global_scale, dtype)
+
+
+def cuda(codes: Tensor, block_scales: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """GPU kernel: bitwise the reference."""
+    check(codes, block_scales, global_scale, dtype)
+    return dispatch.dequantize_nvfp4(codes, block_scales, global_scale, dtype)
 
 
 _op = define(
     f"{OP}(Tensor codes, Tensor block_scales, Tensor global_scale, ScalarType dtype) -> Tensor",
     fake=allocate,
     cpu=reference,
+    cuda=cuda,
 )
 
 

@@ -28,7 +28,7 @@ def allocate(block_scales: Tensor) -> Tensor:
 
 
 def reference(block_scales: Tensor) -> Tensor:
-    """CPU kernel, see :func:`nvfp4.swizzle`."""
+    """Kernel of every device, see :func:`nvfp4.swizzle`: it moves bytes and waits for nothing."""
     allocate(block_scales)
     return nvfp4.swizzle(block_scales)
 
@@ -47,14 +47,17 @@ def allocate_inverse(swizzled: Tensor, rows: int, cols: int) -> Tensor:
 
 
 def reference_inverse(swizzled: Tensor, rows: int, cols: int) -> Tensor:
-    """CPU kernel, see :func:`nvfp4.unswizzle`."""
+    """Kernel of every device, see :func:`nvfp4.unswizzle`."""
     allocate_inverse(swizzled, rows, cols)
     return nvfp4.unswizzle(swizzled, rows, cols)
 
 
-_op = define(f"{OP}(Tensor block_scales) -> Tensor", fake=allocate, cpu=reference)
+_op = define(f"{OP}(Tensor block_scales) -> Tensor", fake=allocate, cpu=reference, cuda=reference)
 _inverse_op = define(
-    f"{INVERSE_OP}(Tensor swizzled, SymInt rows, SymInt cols) -> Tensor", fake=allocate_inverse, cpu=reference_inverse
+    f"{INVERSE_OP}(Tensor swizzled, SymInt rows, SymInt cols) -> Tensor",
+    fake=allocate_inverse,
+    cpu=reference_inverse,
+    cuda=reference_inverse,
 )
 
 

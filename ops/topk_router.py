@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv4_compile import nvfp4
+from dsv4_compile.ops.dispatch import topk_router as dispatch
 from dsv4_compile.ops.registration import FLOAT_DTYPES, INDEX_DTYPES, check_choice, check_dtype, define
 
 OP = "topk_router"
@@ -22,7 +23,7 @@ _EXP_LOWEST = -87.0
 _ATANH_COEFFICIENTS = tuple(1.0 / n for n in range(1, 17, 2))
 
 
-def allocate(
+def check(
     logits: Tensor,
     selection_bias: Tensor | None,
     hash_table: Tensor | None,
@@ -32,8 +33,8 @@ def allocate(
     normalization: str,
     norm_eps: float,
     route_scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Checks the arguments and returns uninitialised outputs."""
+) -> None:
+    """Checks the arguments."""
     check_dtype(OP, "logits", logits, FLOAT_DTYPES)
     torch._check(logits.dim() == 2, lambda: f"{OP}: logits must be [T, E], got shape {tuple(logits.shape)}")
     tokens, experts = logits.shape
@@ -69,7 +70,22 @@ def allocate(
     check_choice(OP, "score_function", score_function, SCORE_FUNCTIONS)
     check_choice(OP, "normalization", normalization, NORMALIZATIONS)
     torch._check(norm_eps >= 0, lambda: f"{OP}: norm_eps must be non-negative, got {norm_eps}")
-    shape = (tokens, top_k)
+
+
+def allocate(
+    logits: Tensor,
+    selection_bias: Tensor | None,
+    hash_table: Tensor | None,
+    token_ids: Tensor | None,
+    top_k: int,
+    score_function: str,
+    normalization: str,
+    norm_eps: float,
+    route_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Checks the arguments and returns uninitialised outputs."""
+    check(logits, selection_bias, hash_table, token_ids, top_k, score_function, normalization, norm_eps, route_scale)
+    shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
 
 
@@ -119,7 +135,7 @@ def reference(
 
     ``weight = (score / (sum + norm_eps)) * route_scale``, each step rounded. NaN counts as the largest score.
     """
-    allocate(logits, selection_bias, hash_table, token_ids, top_k, score_function, normalization, norm_eps, route_scale)
+    check(logits, selection_bias, hash_table, token_ids, top_k, score_function, normalization, norm_eps, route_scale)
     score = scores(logits.to(torch.float32), score_function)
     selection = score if selection_bias is None else score + selection_bias.to(torch.float32)
     if hash_table is None or token_ids is None:
@@ -136,11 +152,30 @@ def reference(
     return torch.where(selection.isnan().any(dim=-1, keepdim=True), float("nan"), weights), ids
 
 
+def cuda(
+    logits: Tensor,
+    selection_bias: Tensor | None,
+    hash_table: Tensor | None,
+    token_ids: Tensor | None,
+    top_k: int,
+    score_function: str,
+    normalization: str,
+    norm_eps: float,
+    route_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """GPU kernel: bitwise the reference, but for what the order of softmax's fp64 sum does to a last bit of fp32."""
+    check(logits, selection_bias, hash_table, token_ids, top_k, score_function, normalization, norm_eps, route_scale)
+    return dispatch.topk_router(
+        logits, selection_bias, hash_table, token_ids, top_k, score_function, normalization, norm_eps, route_scale
+    )
+
+
 _op = define(
     f"{OP}(Tensor logits, Tensor? selection_bias, Tensor? hash_table, Tensor? token_ids, int top_k,"
     " str score_function, str normalization, float norm_eps, float route_scale) -> (Tensor weights, Tensor ids)",
     fake=allocate,
     cpu=reference,
+    cuda=cuda,
 )
 
 
