@@ -44,8 +44,8 @@ def grouped_wgmma(
 ) -> None:
     """``out[r] = (x[r] @ (code * block scale)[e].T) * (row_scale[r] * global_scale[e])`` for the rows of a schedule.
 
-    With ``swiglu_limit`` (``inf`` for no clamp): ``out[r] = silu(min(gate, L)) * clamp(up, -L, L) [* row_weight[r]]`` of
-    the two halves of that product in fp32, gate rows first, by the formula of :func:`nvfp4.swiglu`, rounded once.
+    With ``swiglu_limit`` (``inf`` for no clamp): ``out[r] = silu(min(gate, L)) * clamp(up, -L, L) [* row_weight[r]]``
+    of the two halves of that product in fp32, gate rows first, by the formula of :func:`nvfp4.swiglu`, rounded once.
     Rows of ``out`` that no tile names are left as they are.
 
     Args:

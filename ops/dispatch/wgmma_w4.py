@@ -34,6 +34,8 @@ class Config:
         has_row_weight: SwiGLU's result is multiplied by a weight a row.
         has_amax: SwiGLU's largest magnitude is written, one a CTA.
         out_dtype: ``bf16``, ``fp16`` or ``fp32``.
+        ctas_per_sm: CTAs that share a multiprocessor, 1 or 2; 2 for at most 64 tokens a tile.
+        group: k16 steps, 2 or 4, that are decoded, then multiplied, together.
     """
 
     mode: Literal["dense", "grouped", "swiglu"]
@@ -46,6 +48,8 @@ class Config:
     has_row_weight: bool = False
     has_amax: bool = False
     out_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    ctas_per_sm: int = 1
+    group: int = 2
 
     @property
     def cluster(self) -> int:
@@ -65,8 +69,8 @@ def is_mappable(*tensors: Tensor) -> bool:
 
 def num_clusters(config: Config, like: Tensor) -> int:
     """Clusters that a device holds at once: those of four do not fill processor clusters of 18 multiprocessors."""
-    sms = sm_count(like)
-    return sms // 16 * 4 if config.cluster == 4 else sms // config.cluster
+    ctas = sm_count(like) * config.ctas_per_sm
+    return ctas // 16 * 4 if config.cluster == 4 else ctas // config.cluster
 
 
 def launch_dense(
@@ -79,7 +83,7 @@ def launch_dense(
     bias: Tensor | None,
     out: Tensor,
 ) -> None:
-    """``out = (x @ (code * block scale).T) * (row_scale * global scale) + bias``, the columns of all weights side by side.
+    """``out = (x @ (code * block scale).T) * (row_scale * global scale) + bias``, the weights' columns side by side.
 
     Args:
         config: its ``num_weights`` is that of the lists.

@@ -304,7 +304,7 @@ class Epilogue:
         warp,
         tile_count,
     ):
-        """Partial sums to this CTA's shared memory; then each CTA adds those of all, in order, for its share of tokens."""
+        """Partial sums to shared memory; then each CTA adds those of all CTAs, in order, for its share of tokens."""
         config = self.config
         lane = thread % 32
         g, t = lane // 4, lane % 4

@@ -32,13 +32,6 @@ def load_shared_byte(address, offset, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def load_shared_word(address, offset, *, loc=None, ip=None):
-    """The word at a shared address plus a constant."""
-    text = f"ld.shared.b32 $0, [$1+{offset}];"
-    return Int32(_asm(T.i32(), _i32([address], loc, ip), text, "=r,r", True, loc, ip))
-
-
-@dsl_user_op
 def load_shared_f32x2(address, offset, *, loc=None, ip=None):
     """Two fp32 at an 8-byte aligned shared address plus a constant."""
     pair = _asm(
@@ -188,7 +181,7 @@ def decode_byte(byte, factor):
 
 
 def scale_pair(word, half):
-    """The e4m3 bytes 2 half and 2 half + 1 of a word to two bf16x2 registers of ``scale * 2^112`` twice each; NaN stays.
+    """The e4m3 bytes 2 half and 2 half + 1 of a word to two bf16x2 words of ``scale * 2^112`` twice each; NaN stays.
 
     A byte times 16 is the scale times 2^-120 as bf16, subnormal scales included. 0x7F comes out as 480 * 2^112, whose
     exponent lacks one bit of all ones; 8 * 0x7F + 8 is just that bit.

@@ -1,14 +1,14 @@
-"""bf16 activations times packed weights with wgmma, weights decoded in registers straight from the checkpoint's layout.
+"""bf16 activations times packed weights with wgmma, weights decoded in registers from the checkpoint's layout.
 
-Operands are swapped: 64 weight rows are the M side of a warpgroup's wgmma, with A in registers, and the tokens are its N
-side, read from shared memory as TMA wrote them. A CTA has two such warpgroups (128 weight rows) and one whose first two
-warps load: one the weights (codes and block scales, 256 of K a stage), one the activations (64 of K a stage).
+Operands are swapped: 64 weight rows are the M side of a warpgroup's wgmma, with A in registers, and the tokens are its
+N side, read from shared memory as TMA wrote them. A CTA has two such warpgroups (128 weight rows) and one whose first
+two warps load: one the weights (codes and block scales, 256 of K a stage), one the activations (64 of K a stage).
 
 A lane (g, t) of a warp holds rows g and g + 8 of the fragment, of each 16-block the elements 2t, 2t + 1 and 2t + 8,
 2t + 9: bytes t and t + 4 of the block's eight. It loads each byte by itself, which costs no more bandwidth than wider
-loads that a quad repeats. Multiplied by two powers of two the byte's nibbles land in the two halves of a register twice,
-once with their signs and once with their magnitudes in place; a mask each and one multiplication by the block scale
-make two exact bf16. All of that overlaps with the wgmma before it.
+loads that a quad repeats. Two products with constants carry the byte's nibbles to the two halves of a register, once
+with their signs and once with their magnitudes in place; a mask each and one multiplication by the block scale make two
+exact bf16. All of that overlaps with the wgmma before it.
 
 The accumulators hold weight rows along the lanes; the epilogue transposes them through shared memory, so that a token's
 outputs are stored 16 bytes at a time.
@@ -25,7 +25,7 @@ from dsv4_compile.ops.kernels.sm90.wgmma_instructions import (
     decode_byte,
     load_global_i32,
     load_shared_byte,
-    load_shared_word,
+    load_shared_v4,
     scale_pair,
 )
 
@@ -34,8 +34,6 @@ CODE_BYTES = STAGE_K // 2
 SCALE_BYTES = STAGE_K // 16
 STEP_K = 64  # of an activation stage: 128 bytes a token, one swizzle atom
 STEPS = STAGE_K // STEP_K
-GROUP = 2  # k16 steps that are decoded, then multiplied, together
-GROUPS = STEP_K // 16 // GROUP  # a step of K
 HALF_ROWS = 64
 BLOCK_ROWS = 2 * HALF_ROWS
 CONSUMER_WARPS = 8
@@ -47,7 +45,7 @@ BARRIER_BYTES = 1024
 MAX_WEIGHT_STAGES, MAX_ACTIVATION_STAGES = 8, 12
 OUT_DTYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
 
-CONSUMER_REGISTERS = 240
+CONSUMER_REGISTERS = {1: 240, 2: 112}  # by CTAs a multiprocessor
 PRODUCER_REGISTERS = 24
 
 
@@ -59,10 +57,12 @@ class WgmmaW4:
         self.is_swiglu = config.mode == "swiglu"
         self.cluster = config.multicast * config.splits
         self.epilogue = Epilogue(config)
+        self.group = config.group
+        self.groups = STEP_K // 16 // self.group  # a step of K
         self.load_tokens = self.tokens // config.multicast  # that one CTA loads
         self.activation_bytes = self.tokens * STEP_K * 2
         self.weight_bytes = BLOCK_ROWS * (CODE_BYTES + SCALE_BYTES)
-        room = SHARED_BYTES - BARRIER_BYTES - self.epilogue.shared_bytes
+        room = SHARED_BYTES // config.ctas_per_sm // 1024 * 1024 - BARRIER_BYTES - self.epilogue.shared_bytes
         # Both rings reach equally far ahead in K, at least 128 of activations and one weight stage beyond the first.
         self.weight_stages = min(MAX_WEIGHT_STAGES, max(2, room // (self.weight_bytes + STEPS * self.activation_bytes)))
         if self.tokens == 256:
@@ -70,13 +70,13 @@ class WgmmaW4:
         self.activation_stages = min(
             MAX_ACTIVATION_STAGES, (room - self.weight_stages * self.weight_bytes) // self.activation_bytes
         )
-        # The exponents: see decode_byte and scale_pair.
         self.activation_offset = BARRIER_BYTES
         self.code_offset = self.activation_offset + self.activation_stages * self.activation_bytes
         self.scale_offset = self.code_offset + self.weight_stages * BLOCK_ROWS * CODE_BYTES
         self.epilogue_offset = self.scale_offset + self.weight_stages * BLOCK_ROWS * SCALE_BYTES
         self.shared_bytes = self.epilogue_offset + self.epilogue.shared_bytes
-        assert self.activation_stages >= 2 and self.shared_bytes <= SHARED_BYTES
+        assert self.activation_stages >= 2
+        assert self.shared_bytes <= SHARED_BYTES // config.ctas_per_sm
 
     # Entry points
 
@@ -199,7 +199,8 @@ class WgmmaW4:
             block=[THREADS, 1, 1],
             cluster=[self.cluster, 1, 1],
             smem=self.shared_bytes,
-            min_blocks_per_mp=1,
+            min_blocks_per_mp=config.ctas_per_sm,
+            preferred_smem_carveout=100,
             stream=stream,
             use_pdl=True,
         )
@@ -283,7 +284,7 @@ class WgmmaW4:
                     num_clusters, rank, out,
                 )  # fmt: skip
         else:
-            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[config.ctas_per_sm])
             self.consume(
                 mma, code_tensors, row_scale, global_scales, schedule, bias, row_weight, partial_amax, out, limit, base,
                 weight_full, weight_empty, x_full, x_empty, split_barriers, block_ends, stages, cluster_id,
@@ -353,7 +354,7 @@ class WgmmaW4:
         phase = Int32(1)  # an empty barrier nobody has waited for yet counts as completed
         tiles = self.num_tiles(schedule, block_ends, out)
         for index in cutlass.range(cluster_id, tiles, num_clusters, unroll=1):
-            block, first, count, expert = self.tile(index, schedule, block_ends, out)
+            block, _, _, expert = self.tile(index, schedule, block_ends, out)
             start = Int32(0)
             for i in cutlass.range_constexpr(config.num_weights):
                 if block >= start and block < block_ends[i]:
@@ -427,7 +428,7 @@ class WgmmaW4:
         phase = Int32(1)
         tiles = self.num_tiles(schedule, block_ends, out)
         for index in cutlass.range(cluster_id, tiles, num_clusters, unroll=1):
-            block, first, count, expert = self.tile(index, schedule, block_ends, out)
+            _, first, _, _ = self.tile(index, schedule, block_ends, out)
             moved = cute.domain_offset((first + member * self.load_tokens, 0), x_tensor)
             smem, gmem = cpasync.tma_partition(
                 x_atom,
@@ -488,8 +489,8 @@ class WgmmaW4:
         accumulators = cute.make_rmem_tensor(mma.partition_shape_C((HALF_ROWS, self.tokens)), Float32)
         fragments = []
         words = []
-        for i in cutlass.range_constexpr(2):
-            fragment = cute.make_rmem_tensor(mma.partition_shape_A((HALF_ROWS, 16 * GROUP)), BFloat16)
+        for _ in cutlass.range_constexpr(2):
+            fragment = cute.make_rmem_tensor(mma.partition_shape_A((HALF_ROWS, 16 * self.group)), BFloat16)
             fragments.append(fragment)
             words.append(cute.recast_tensor(fragment, Int32))
 
@@ -509,36 +510,36 @@ class WgmmaW4:
                 cute.arch.mbarrier_wait(weight_full + weight_slot, weight_phase)
                 codes = code_lane + weight_slot * (BLOCK_ROWS * CODE_BYTES)
                 scales = scale_lane + weight_slot * (BLOCK_ROWS * SCALE_BYTES)
+                scale_words = [load_shared_v4(scales + i * second * SCALE_BYTES) for i in range(2)]
                 nibbles = self.load_codes(codes, 0, second)
                 for step in cutlass.range_constexpr(STEPS):
-                    scale_words = [load_shared_word(scales + i * second * SCALE_BYTES, step * 4) for i in range(2)]
-                    for group in cutlass.range_constexpr(GROUPS):
-                        position = step * GROUPS + group
+                    for group in cutlass.range_constexpr(self.groups):
+                        position = step * self.groups + group
                         current = nibbles
-                        if cutlass.const_expr(position + 1 < STEPS * GROUPS):
+                        if cutlass.const_expr(position + 1 < STEPS * self.groups):
                             nibbles = self.load_codes(codes, position + 1, second)
                         target = words[position % 2]
-                        self.decode(current, [scale_pair(word, group) for word in scale_words], target)
-                        if cutlass.const_expr(position + 1 == STEPS * GROUPS):
+                        self.decode(
+                            current, [self.scale_factors(scale_words[i][step], group) for i in range(2)], target
+                        )
+                        if cutlass.const_expr(position + 1 == STEPS * self.groups):
                             with cute.arch.elect_one():
                                 cute.arch.mbarrier_arrive(weight_empty + weight_slot)
                         if cutlass.const_expr(group == 0):
                             cute.arch.mbarrier_wait(x_full + x_slot, x_phase)
                         warpgroup.fence()
-                        for k in cutlass.range_constexpr(GROUP):
+                        for k in cutlass.range_constexpr(self.group):
                             cute.gemm(
                                 mma,
                                 accumulators,
                                 fragments[position % 2][None, None, k],
-                                b[None, None, group * GROUP + k, x_slot],
+                                b[None, None, group * self.group + k, x_slot],
                                 accumulators,
                             )
                         warpgroup.commit_group()
                         warpgroup.wait_group(1)
                         if cutlass.const_expr(group == 0):  # the wgmmas of the stage before are done
-                            if cutlass.const_expr(step > 0):
-                                self.release(x_empty + last_slot, rank)
-                            elif stage > 0:
+                            if step > 0 or stage > 0:
                                 self.release(x_empty + last_slot, rank)
                             last_slot = x_slot
                     x_slot = x_slot + 1
@@ -589,16 +590,29 @@ class WgmmaW4:
             self.epilogue.store_amax(largest, partial_amax, base, self.epilogue_offset, thread, warp)
 
     def load_codes(self, codes, position, second):
-        """The lane's bytes of two k16 steps, 16 bytes of a row: for each step rows (g, g + 8) of k 2t, then of 2t + 8."""
-        chunk = codes ^ Int32(position << 4)
-        return [
-            [load_shared_byte(chunk, 8 * k + 4 * high + i * second * CODE_BYTES) for high in range(2) for i in range(2)]
-            for k in range(GROUP)
-        ]
+        """The lane's bytes of a group of k16 steps: for each step rows (g, g + 8) of k 2t, then of k 2t + 8."""
+        nibbles = []
+        for k in range(self.group):
+            step = position * self.group + k
+            if k % 2 == 0:
+                chunk = codes ^ Int32(step // 2 << 4)  # 16 bytes of a row hold two steps
+            nibbles.append(
+                [
+                    load_shared_byte(chunk, step % 2 * 8 + 4 * high + i * second * CODE_BYTES)
+                    for high in range(2)
+                    for i in range(2)
+                ]
+            )
+        return nibbles
+
+    def scale_factors(self, word, group):
+        """The scales of a group of k16 steps out of the word of 64 elements of K."""
+        halves = self.group // 2
+        return [factor for half in range(halves) for factor in scale_pair(word, group * halves + half)]
 
     def decode(self, nibbles, factors, target):
-        """Writes the registers of ``GROUP`` A fragments; ``factors[i][k]`` is the scale of row i in step k."""
-        for k in range(GROUP):
+        """Writes the registers of ``group`` A fragments; ``factors[i][k]`` is the scale of row i in step k."""
+        for k in range(self.group):
             for j in range(4):
                 target[4 * k + j] = decode_byte(nibbles[k][j], factors[j % 2][k])
 
