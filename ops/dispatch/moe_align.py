@@ -38,14 +38,12 @@ class AlignConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Makes a schedule from the ends of groups, or from their common number of rows.
+    """Makes a schedule from the ends of groups.
 
     Attributes:
-        is_static: every group has the same number of rows.
         pdl: programmatic dependent launch.
     """
 
-    is_static: bool
     pdl: bool = True
 
 
@@ -140,15 +138,5 @@ def schedule_of_offsets(offsets: Tensor, rows: int, tile_rows: int) -> Tensor:
     groups = offsets.numel()
     tiles = max_tiles(rows, groups, tile_rows)
     schedule = offsets.new_empty((tiles + 1, SCHEDULE_COLUMNS), dtype=torch.int32)
-    cache.kernel("sm90.moe_align", ScheduleConfig(is_static=False))(
-        offsets.contiguous(), schedule, groups, rows, tile_rows
-    )
-    return schedule
-
-
-def schedule_of_static_groups(like: Tensor, groups: int, rows: int, tile_rows: int) -> Tensor:
-    """The schedule of ``groups`` groups of ``rows`` rows each, on the device of ``like``."""
-    tiles = groups * -(-rows // tile_rows)
-    schedule = like.new_empty((tiles + 1, SCHEDULE_COLUMNS), dtype=torch.int32)
-    cache.kernel("sm90.moe_align", ScheduleConfig(is_static=True))(schedule, schedule, groups, rows, tile_rows)
+    cache.kernel("sm90.moe_align", ScheduleConfig())(offsets.contiguous(), schedule, groups, rows, tile_rows)
     return schedule

@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsv4_compile import nvfp4
-from dsv4_compile.ops.dispatch import grouped_unaligned, zero_tail
+from dsv4_compile.ops.dispatch import expand_groups, grouped_unaligned, zero_tail
 from dsv4_compile.ops.dispatch.moe_align import (
     AlignConfig,
     ScheduleConfig,
     align,
     max_tiles,
     schedule_of_offsets,
-    schedule_of_static_groups,
 )
 from dsv4_compile.ops.dispatch.moe_combine import CombineConfig, combine
 from dsv4_compile.ops.dispatch.moe_requantize import RequantizeConfig, requantize
@@ -123,7 +122,8 @@ CONFIGS: list[tuple[str, Any]] = [
     ("sm90.grouped_unaligned", grouped_unaligned.Config("float16", True, True)),
     ("sm90.grouped_unaligned", grouped_unaligned.Config("float32", True, True)),
     *(("sm90.zero_tail", zero_tail.Config(element_bytes)) for element_bytes in (2, 4)),
-    *(("sm90.moe_align", ScheduleConfig(is_static)) for is_static in (False, True)),
+    ("sm90.moe_align", ScheduleConfig()),
+    ("sm90.expand_groups", expand_groups.Config()),
     *(
         ("sm90.moe_combine", CombineConfig(out, weight))
         for out in ("bfloat16", "float16", "float32")
@@ -148,6 +148,9 @@ def test_compiles_offline(name: str, config: Any) -> None:
         assert code.count(r"UCGABAR_ARV") == (2 if getattr(config, "ctas", 1) > 1 else 0)
     elif name == "sm90.grouped_unaligned":
         assert code.count(r"HMMA\.16816\.F32\.BF16") == (2 if config.is_swiglu else 1)
+    elif name == "sm90.expand_groups":
+        assert code.registers <= 64
+        assert code.count(r"STG\.E\.128") >= 4
     elif name == "sm90.zero_tail":
         assert code.registers <= 16
     elif name == "sm90.moe_requantize":
@@ -239,14 +242,26 @@ def test_schedule_of_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-def test_schedule_of_static_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a group that begins in another's rows."""
+def test_expand_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a group that begins in another's rows, and bytes read in storage order."""
     poison(monkeypatch)
-    like = torch.empty(0, dtype=torch.uint8, device="cuda")
-    for groups, rows, tile_rows in ((8, 1, 8), (16, 100, 64), (8, 4096, 128), (2000, 3, 8), (3, 0, 8)):
+    for groups, rows, tile_rows, k in ((8, 1, 16, 4096), (16, 100, 64, 256), (8, 700, 128, 512), (2000, 3, 16, 16), (3, 5, 8, 48)):  # fmt: skip
+        codes = torch.randint(0, 256, (rows, groups, k // 2), dtype=torch.uint8)
+        block_scales = torch.randint(0, 128, (rows, groups, k // 16), dtype=torch.uint8).view(torch.float8_e4m3fn)
+        expected = nvfp4.scaled_codes(codes, block_scales, torch.bfloat16).transpose(0, 1).reshape(-1, k)
         tiles = [tile for group in range(groups) for tile in expected_tiles(group, group * rows, rows, tile_rows)]
-        schedule = schedule_of_static_groups(like, groups, rows, tile_rows).cpu().numpy()
-        np.testing.assert_array_equal(schedule, [[len(tiles), groups * rows, 0, 0], *tiles])
+        inside, odd = (codes.cuda(), block_scales.cuda()), torch.zeros(codes.numel() + 1, dtype=torch.uint8).cuda()
+        odd[1:] = codes.cuda().flatten()
+        apart = inside[0].transpose(0, 1).contiguous(), inside[1].transpose(0, 1).contiguous()
+        for given in (
+            (inside[0].transpose(0, 1), inside[1].transpose(0, 1)),
+            (odd[1:].view(codes.shape).transpose(0, 1), inside[1].transpose(0, 1)),
+            apart,
+        ):
+            actual, schedule = expand_groups.expand_groups(*given, tile_rows)
+            assert torch.equal(actual.isnan().cpu(), expected.isnan())
+            assert torch.equal(actual.nan_to_num().cpu(), expected.nan_to_num())
+            np.testing.assert_array_equal(schedule.cpu().numpy(), [[len(tiles), groups * rows, 0, 0], *tiles])
 
 
 @pytest.mark.gpu

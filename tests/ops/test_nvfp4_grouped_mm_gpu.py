@@ -207,4 +207,4 @@ def test_few_kernels_for_all_cases() -> None:
     """Guards against a configuration a shape: 300 shapes share some thirty kernels."""
     names = [name for name, _ in wanted_kernels()]
     assert 10 <= len(names) <= 40
-    assert {"sm90.moe_align", "sm90.expand", "sm90.zero_tail"} <= set(names)
+    assert {"sm90.moe_align", "sm90.expand", "sm90.expand_groups", "sm90.zero_tail"} <= set(names)

@@ -261,7 +261,6 @@ def schedule_kernel(
     groups: Int32,
     rows: Int32,
     tile_rows: Int32,
-    is_static: cutlass.Constexpr,
     pdl: cutlass.Constexpr,
 ):
     smem = cutlass.memory.SmemAllocator()
@@ -278,13 +277,10 @@ def schedule_kernel(
         group = chunk * THREADS + thread
         begin, count = Int32(0), Int32(0)
         if group < groups:
-            if cutlass.const_expr(is_static):
-                begin, count = group * rows, rows
-            else:
-                if group > 0:
-                    begin = cutlass.min(cutlass.max(offsets[group - 1], 0), rows)
-                end = cutlass.min(cutlass.max(offsets[group], 0), rows)
-                count = cutlass.max(end - begin, 0)
+            if group > 0:
+                begin = cutlass.min(cutlass.max(offsets[group - 1], 0), rows)
+            end = cutlass.min(cutlass.max(offsets[group], 0), rows)
+            count = cutlass.max(end - begin, 0)
         tiles_until = scan_block(cute.ceil_div(count, tile_rows), tile_totals)
         row_start[thread] = begin
         row_start[MAX_EXPERTS + thread] = count
@@ -299,11 +295,9 @@ def schedule_kernel(
         tile_base += tile_start[of_chunk]
         cute.arch.sync_threads()
     if thread == 0:
-        valid = groups * rows
-        if cutlass.const_expr(not is_static):
-            valid = Int32(0)
-            if groups > 0:
-                valid = cutlass.min(cutlass.max(offsets[groups - 1], 0), rows)
+        valid = Int32(0)
+        if groups > 0:
+            valid = cutlass.min(cutlass.max(offsets[groups - 1], 0), rows)
         write_row(schedule, Int32(0), cutlass.min(tile_base, Int32(cute.size(schedule, mode=[0])) - 1), valid, Int32(0))
 
 
@@ -341,10 +335,9 @@ def launch_schedule(
     rows: Int32,
     tile_rows: Int32,
     stream,
-    is_static: cutlass.Constexpr,
     pdl: cutlass.Constexpr,
 ):
-    schedule_kernel(offsets, schedule, groups, rows, tile_rows, is_static, pdl).launch(
+    schedule_kernel(offsets, schedule, groups, rows, tile_rows, pdl).launch(
         grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=pdl
     )
 
@@ -360,9 +353,8 @@ def _schedule():
 def build(config):
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)
     if isinstance(config, ScheduleConfig):
-        offsets = _schedule() if config.is_static else _vector(Int32)
         return launch_schedule, (
-            offsets, _schedule(), Int32(1), Int32(1), Int32(1), stream, config.is_static, config.pdl,
+            _vector(Int32), _schedule(), Int32(1), Int32(1), Int32(1), stream, config.pdl,
         )  # fmt: skip
     assert isinstance(config, AlignConfig)
     index_dtype = cutlass.Int64 if config.index_dtype == "int64" else Int32
