@@ -1,0 +1,91 @@
+"""Times packed-weight products against cuBLAS bf16 in the same run, with the share of the measured roofline.
+
+Columns: ``cublas`` bf16 x bf16; ``w4a16`` is ``nvfp4_weight_mm``; ``w4a4`` is ``nvfp4_mm`` of a quantised activation, with
+its expansion; ``quack`` and ``humming`` are in :data:`RIVALS` where they are installed, else empty.
+
+    python benchmarks/bench_nvfp4_mm.py [--tokens 1 16 64] [--replays 20]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from harness import copies_beyond_l2, measure_peaks, record, time_variants
+from torch import Tensor
+
+from dsv4_compile.ops import nvfp4_mm, nvfp4_weight_mm, quantize_nvfp4
+
+SHAPES = ((4096, 4096), (32768, 1024), (7168, 16384))  # N, K
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+WEIGHT_BYTES = 0.5625  # an element: half a byte of code, a sixteenth of a byte of scale
+
+# name -> a function of (x, codes, block_scales, global_scale) that prepares its weight and returns the timed call
+RIVALS: dict[str, Callable[..., Callable[[], Any]]] = {}
+
+
+def any_weight(n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Any codes and block scales between 2^-3 and 2^3."""
+    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
+    block_scales = torch.randint(0x20, 0x50, (n, k // 16), dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
+    return codes, block_scales, torch.rand((), device="cuda")
+
+
+def check(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], y: Tensor) -> None:
+    """Raises unless a result is that of float64 up to fp32 sums and one rounding to bf16."""
+    from dsv4_compile import nvfp4
+
+    rows = slice(0, 512)
+    w = nvfp4.scaled_codes(weight[0][rows], weight[1][rows]).double() * weight[2].double()
+    expected, magnitude = x.double() @ w.T, x.double().abs() @ w.abs().T
+    wrong = ~((y[:, rows].double() - expected).abs() <= expected.abs() * 2**-8 + magnitude * 2**-16)
+    if wrong.any():
+        raise RuntimeError(f"wrong result: {int(wrong.sum())} of {wrong.numel()} elements")
+
+
+def measure(n: int, k: int, tokens: int, weights: list[Any], dense: list[Tensor], replays: int) -> dict[str, Any]:
+    """One row of the table: the time of each variant in us."""
+    x = torch.randn(tokens, k, device="cuda").bfloat16()
+    packed = quantize_nvfp4(x, "tensor")
+    check(x, weights[0], nvfp4_weight_mm(x, *([part] for part in weights[0])))
+    variants: dict[str, list[Callable[[], Any]]] = {
+        "cublas": [lambda w=w: torch.mm(x, w.T) for w in dense],
+        "w4a16": [lambda w=w: nvfp4_weight_mm(x, *([part] for part in w)) for w in weights],
+        "w4a4": [lambda w=w: nvfp4_mm(*packed, *([part] for part in w)) for w in weights],
+    }
+    for name, prepare in RIVALS.items():
+        variants[name] = [prepare(x, *w) for w in weights]
+    times = time_variants(variants, replays=replays)
+    row: dict[str, Any] = {"n": n, "k": k, "tokens": tokens}
+    for name in ("cublas", "w4a16", "w4a4", "quack", "humming"):
+        row[f"{name}_us"] = round(times[name].median_us, 2) if name in times else None
+        row[f"{name}_spread_us"] = round(times[name].max_us - times[name].min_us, 2) if name in times else None
+    return row
+
+
+def main() -> None:
+    """Prints and records the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
+    parser.add_argument("--replays", type=int, default=20)
+    arguments = parser.parse_args()
+    peaks = measure_peaks()
+    print(f"peaks: read {peaks.read_tb_s:.2f} TB/s, bf16 {peaks.bf16_tflop_s:.0f} TFLOP/s")
+    rows = []
+    for n, k in SHAPES:
+        weights = [any_weight(n, k) for _ in range(copies_beyond_l2(int(n * k * WEIGHT_BYTES), 24))]
+        dense = [torch.randn(n, k, device="cuda").bfloat16() for _ in range(copies_beyond_l2(2 * n * k, 8))]
+        for tokens in arguments.tokens:
+            row = measure(n, k, tokens, weights, dense, arguments.replays)
+            num_bytes = n * k * WEIGHT_BYTES + 2 * tokens * (n + k)
+            floor_us = max(num_bytes / peaks.read_tb_s / 1e6, 2 * n * k * tokens / peaks.bf16_tflop_s / 1e6)
+            row |= {"floor_us": round(floor_us, 2), "roofline_share": round(floor_us / row["w4a16_us"], 3)}
+            rows.append(row)
+            print("  ".join(f"{name} {value}" for name, value in row.items() if value is not None), flush=True)
+    record("nvfp4_mm", rows, peaks)
+
+
+if __name__ == "__main__":
+    main()
