@@ -85,8 +85,8 @@ class Source:
 
     Attributes:
         op: operator, the name of its kernel module too.
-        first: [R, K], see :func:`view_rows`.
-        second: like it, or the weight [K].
+        first: see :func:`as_rows`.
+        second: like it, with the same leading sizes, or the weight [K].
         held: blocks that a thread's registers hold.
         scalar: limit or eps.
         weight: dtype of the weight, or None.
@@ -94,8 +94,8 @@ class Source:
     """
 
     op: str
-    first: Tensor
-    second: Tensor
+    first: Operand
+    second: Operand
     held: int
     scalar: float = 0.0
     weight: str | None = None
@@ -105,21 +105,62 @@ class Source:
     def kernel(self) -> str:
         return f"sm90.{self.op}"
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.first.start, self.second.start
+
+    @property
+    def geometry(self) -> tuple[int, ...]:
+        """How rows divide into outer and inner, and the pitches of both operands."""
+        inner = self.first.inner
+        return inner, *division.magic(inner), *self.first.pitches, *self.second.pitches
+
 
 def dtype_name(tensor: Tensor) -> str:
     """``bfloat16`` of a tensor of torch.bfloat16."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def view_rows(x: Tensor) -> Tensor:
-    """x as [R, K] with unit last stride and rows that start at multiples of 16 bytes; a copy only if it has to be."""
-    k = x.shape[-1]
-    rows = x.reshape(-1, k)
-    if rows.shape[0] == 1 and rows.stride(1) == 1:
-        rows = rows.as_strided((1, k), (k, 1))
-    if rows.stride(1) == 1 and rows.stride(0) * rows.itemsize % ALIGNMENT == 0 and is_aligned(rows):
-        return rows
-    return rows.clone(memory_format=torch.contiguous_format)
+@dataclass(frozen=True)
+class Operand:
+    """A tensor [outer, inner, K] with unit last stride, whose rows start at multiples of 16 bytes.
+
+    Attributes:
+        start: its first elements, 1-D: a tensor that a kernel takes the address of.
+        outer, inner: sizes of the leading dimensions.
+        pitches: bytes from one to the next of each.
+    """
+
+    start: Tensor
+    outer: int
+    inner: int
+    pitches: tuple[int, int]
+
+
+def as_rows(x: Tensor) -> Operand:
+    """x [..., K] as it lies in memory, copied only where its leading dimensions do not make two, or misaligned."""
+    *lead, k = x.shape
+    merged: list[tuple[int, int]] = []  # size, stride
+    for size, stride in zip(lead, x.stride(), strict=False):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    itemsize = x.itemsize
+    is_readable = (k == 0 or x.stride(-1) == 1) and len(merged) <= 2 and is_aligned(x)
+    if not is_readable or any(stride * itemsize % ALIGNMENT for _, stride in merged):
+        x = x.clone(memory_format=torch.contiguous_format)
+        merged = [(math.prod(lead), k)]
+    (outer, outer_stride), (inner, inner_stride) = ([(1, 0)] * 2 + merged)[-2:]
+    start = x.as_strided((k,), (1,)) if x.numel() else x.new_empty((0,))
+    return Operand(start, outer, inner, (outer_stride * itemsize, inner_stride * itemsize))
+
+
+def match(first: Operand, second: Operand) -> bool:
+    """Whether two operands count their rows alike."""
+    return (first.outer, first.inner) == (second.outer, second.inner)
 
 
 def is_aligned(x: Tensor) -> bool:
@@ -153,8 +194,9 @@ def quantize(source: Source, x: Tensor, granularity: str, norm: Tensor | None = 
     """
     require_hopper(source.op, x)
     packed = allocate_packed(x, granularity)
-    rows, k = source.first.shape
-    if rows * k == 0:
+    k = x.shape[-1]
+    rows = x.numel() // k if k else 0
+    if rows == 0:
         if granularity != "token":
             packed[2].fill_(_empty_scale(granularity))
         return packed
@@ -164,11 +206,11 @@ def quantize(source: Source, x: Tensor, granularity: str, norm: Tensor | None = 
     is_pow2 = int(granularity == "tensor_pow2")
     flat = [packed[0].view(-1), packed[1].view(torch.uint8).view(-1), packed[2].view(-1)]
     base = RowsConfig(dtype_name(x), 0, 0, weight=source.weight, norm=norm is not None)
-    norm_out = source.first.new_empty((0,)) if norm is None else norm.view(-1)
+    norm_out = x.new_empty((0,)) if norm is None else norm.view(-1)
     config = _one_launch(source, base, rows, row_blocks, granularity)
     if config is not None:
         kernel = cache.kernel(source.kernel, config)
-        kernel(source.first, source.second, *flat, norm_out, rows, row_blocks, source.scalar, is_pow2)
+        kernel(*source.tensors, *flat, norm_out, rows, row_blocks, *source.geometry, source.scalar, is_pow2)
         return packed
     _two_launches(source, base, flat, norm_out, rows, row_blocks, is_pow2)
     return packed
@@ -202,26 +244,29 @@ def _two_launches(
     is_pow2: int,
 ) -> None:
     num_blocks = rows * row_blocks
-    sms = sm_count(source.first)
+    sms = sm_count(norm_out)
     most = min(MAX_PARTIALS, 2 * sms)
-    first, second, scalar = source.first, source.second, source.scalar
     row_division = division.magic(row_blocks)
-    factors = first.new_empty((rows if source.has_statistic else 0,), dtype=torch.float32)
+    factors = norm_out.new_empty((rows if source.has_statistic else 0,), dtype=torch.float32)
     if source.has_statistic:
         threads, blocks = row_shape(source, row_blocks)
         ctas = min(most, math.ceil(rows / (CTA_THREADS // threads)))
-        partials = first.new_empty((ctas,), dtype=torch.float32)
-        config = replace(base, threads=threads, blocks=blocks, is_partial=True)
-        cache.kernel(source.kernel, config)(first, second, partials, factors, norm_out, rows, ctas, row_blocks, scalar)
+        partials = norm_out.new_empty((ctas,), dtype=torch.float32)
+        kernel = cache.kernel(source.kernel, replace(base, threads=threads, blocks=blocks, is_partial=True))
+        kernel(*source.tensors, partials, factors, norm_out, rows, ctas, row_blocks, *source.geometry, source.scalar)
     else:
         ctas = min(most, math.ceil(num_blocks / (CTA_THREADS * UNROLL)))
-        partials = first.new_empty((ctas,), dtype=torch.float32)
+        partials = norm_out.new_empty((ctas,), dtype=torch.float32)
         kernel = cache.kernel(source.kernel, AmaxConfig(base.dtype))
-        kernel(first, second, partials, num_blocks, ctas, row_blocks, *row_division, scalar)
+        kernel(*source.tensors, partials, num_blocks, ctas, row_blocks, *row_division, *source.geometry, source.scalar)
     flat_ctas = min(4 * sms, math.ceil(num_blocks / (FLAT_THREADS * UNROLL)))
-    launch = [partials, factors, *flat, num_blocks, ctas, flat_ctas, row_blocks, *row_division, scalar, is_pow2]
-    if base.norm:
-        normed = norm_out.view(rows, -1)
-        cache.kernel("sm90.quantize_nvfp4", FlatConfig(base.dtype, early=False))(normed, normed, *launch)
+    if base.norm:  # quantise what the first launch wrote
+        kernel = cache.kernel("sm90.quantize_nvfp4", FlatConfig(base.dtype, early=False))
+        operand = as_rows(norm_out.view(rows, -1))
+        source = replace(source, first=operand, second=operand)
     else:
-        cache.kernel(source.kernel, FlatConfig(base.dtype, base.weight))(first, second, *launch)
+        kernel = cache.kernel(source.kernel, FlatConfig(base.dtype, base.weight))
+    kernel(
+        *source.tensors, partials, factors, *flat, num_blocks, ctas, flat_ctas, row_blocks, *row_division,
+        *source.geometry, source.scalar, is_pow2,
+    )  # fmt: skip

@@ -7,23 +7,18 @@ from torch import Tensor
 from dsv4_compile.ops.dispatch.quantizer import (
     MAX_HELD_BLOCKS,
     Source,
+    as_rows,
     dtype_name,
-    is_aligned,
     quantize,
-    view_rows,
 )
 
 OP = "rms_norm_quantize_nvfp4"
 
 
 def _source(x: Tensor, weight: Tensor | None, eps: float) -> Source:
-    if weight is not None and not (weight.is_contiguous() and is_aligned(weight)):
-        weight = weight.clone().contiguous()
-    second = x.new_empty((0,)) if weight is None else weight
-    held = MAX_HELD_BLOCKS[x.dtype]
-    return Source(
-        OP, view_rows(x), second, held, eps, weight=None if weight is None else dtype_name(weight), has_statistic=True
-    )
+    second = as_rows(x.new_empty((0,)) if weight is None else weight)
+    dtype = None if weight is None else dtype_name(weight)
+    return Source(OP, as_rows(x), second, MAX_HELD_BLOCKS[x.dtype], eps, weight=dtype, has_statistic=True)
 
 
 def rms_norm_quantize_nvfp4(

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dsv4_compile.ops import dequantize_nvfp4
+from tests import gpu
 from tests import nvfp4_oracle as oracle
 
 OP = torch.ops.dsv4.dequantize_nvfp4.default
@@ -147,3 +148,21 @@ def test_compiles() -> None:
         parts = packed(rows)
         oracle.assert_same_bits(compiled(*parts), dequantize_nvfp4(*parts) + 1)
     assert counter.frame_count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu_matches_the_cpu(dtype: torch.dtype) -> None:
+    """Guards against a scale of the wrong rows, NaN scales lost, fp16 overflow that saturates, strides and empty operands."""
+    for lead, k, shape in (
+        ((6,), 32, ()), ((6,), 4096, (3,)), ((300,), 48, (300,)), ((3, 4), 528, (3,)), ((3, 40), 528, (3, 2)),
+        ((2, 3, 4), 32, (2, 3)), ((), 32, ()), ((0,), 32, ()), ((3, 0), 32, (3,)), ((5,), 0, ()),
+    ):  # fmt: skip
+        codes, block_scales, global_scale = packed(*lead, k=k, scale_shape=shape)
+        block_scales.view(torch.uint8)[torch.rand(block_scales.shape) < 0.1] = 0x7F
+        for scale in (global_scale, global_scale * 1e4):
+            (out,) = gpu.on_gpu(dequantize_nvfp4, codes, block_scales, scale, dtype)
+            oracle.assert_same_bits(out, dequantize_nvfp4(codes, block_scales, scale, dtype))
+    codes, block_scales, global_scale = packed(8, k=64)
+    views = codes[::2, ::2], block_scales[::2, ::2], global_scale
+    oracle.assert_same_bits(gpu.on_gpu(dequantize_nvfp4, *views, dtype)[0], dequantize_nvfp4(*views, dtype))

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from dsv4_compile import nvfp4
 from dsv4_compile.nvfp4 import GRANULARITIES
 from dsv4_compile.ops import quantize_nvfp4
+from tests import gpu
 from tests import nvfp4_oracle as oracle
 
 OP = torch.ops.dsv4.quantize_nvfp4.default
@@ -128,3 +130,84 @@ def test_contains_non_finite_values(value: float, granularity: str) -> None:
     assert torch.equal(block_scales.view(torch.uint8)[others], expected[1].view(torch.uint8)[others])
     assert torch.equal(global_scale, expected[2])
     assert block_scales[2].float().isnan().tolist() == [True, False, False, False]
+
+
+def check_on_gpu(x: Tensor, granularity: str) -> None:
+    """Bit for bit the reference, outputs contiguous."""
+    parts = gpu.on_gpu(quantize_nvfp4, x, granularity)
+    for part, expected in zip(parts, nvfp4.quantize(x, granularity), strict=True):
+        assert part.is_contiguous()
+        oracle.assert_same_bits(part, expected)
+
+
+# One launch in one CTA, in a cluster with one, two and four rows a thread, two launches; a row in 64 to 512 threads.
+GPU_SHAPES = ((3, 4096), (30, 4096), (60, 4096), (100, 4096), (300, 4096), (70, 7168), (5, 1040), (9, 48), (2, 12288))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("style", gpu.STYLES)
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+def test_gpu_matches_the_cpu(shape: tuple[int, int], style: str, granularity: str) -> None:
+    """Guards against one different bit for any value, in any of the schedules."""
+    check_on_gpu(gpu.values(shape, torch.bfloat16, style), granularity)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("style", gpu.STYLES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_gpu_matches_the_cpu_in_other_dtypes(dtype: torch.dtype, style: str, granularity: str) -> None:
+    """Guards against NaN, maxima and signs found by the bit patterns of another dtype."""
+    for shape in ((3, 4096), (60, 2048), (300, 4096)):
+        check_on_gpu(gpu.values(shape, dtype, style), granularity)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_gpu_rounds_every_bf16_value_like_the_cpu(granularity: str) -> None:
+    """Guards against a wrong rounding of one value: all finite bf16 numbers against block maxima of every mantissa."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    every = every[every.isfinite()].view(-1, 15)  # 65280 = 15 * 4352
+    blocks = torch.cat([torch.zeros(len(every), 1, dtype=torch.bfloat16), every], 1)
+    for mantissa in range(0, 128, 5):
+        blocks[:, 0] = blocks[:, 1:].abs().amax(1) * (1 + mantissa / 128)
+        check_on_gpu(blocks.nan_to_num(posinf=3e38).view(-1, 512), granularity)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("layout", layouts())
+def test_gpu_reads_any_strides(layout: str, granularity: str) -> None:
+    """Guards against storage order, rows that do not start at 16 bytes, and launches with nothing to do."""
+    x = layouts()[layout]
+    check_on_gpu(x, granularity)
+    check_on_gpu(torch.cat([x.new_ones(3), x.reshape(-1)])[3:].view(x.shape), granularity)  # 12 bytes off
+
+
+@pytest.mark.gpu
+def test_gpu_random_shapes() -> None:
+    """Guards against an edge between schedules, or a grid that ends too early: 150 shapes up to 2^19 elements."""
+    for _ in range(150):
+        k = 16 * int(2 ** (torch.rand(()) * 9))
+        rows = int(2 ** (torch.rand(()) * 10)) if k < 1024 else int(2 ** (torch.rand(()) * 7))
+        parts = int(torch.randint(1, 3, ()))
+        x = gpu.values((rows, parts * k), torch.bfloat16, gpu.STYLES[int(torch.randint(0, len(gpu.STYLES), ()))])
+        check_on_gpu(x[:, :k], GRANULARITIES[int(torch.randint(0, 3, ()))])
+
+
+@pytest.mark.gpu
+def test_gpu_in_a_graph() -> None:
+    """Guards against a launch on another stream, and a workspace that a replay finds changed."""
+    for rows in (2, 40, 500):
+        x = torch.randn(rows, 4096, dtype=torch.bfloat16)
+        static = x.cuda()
+        quantize_nvfp4(static)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            parts = quantize_nvfp4(static)
+        for scale in (1.0, 30.0, 0.01):
+            static.copy_(x * scale)
+            graph.replay()
+            for part, expected in zip(parts, nvfp4.quantize(x * scale), strict=True):
+                oracle.assert_same_bits(part.cpu(), expected)

@@ -18,6 +18,7 @@ from dsv4_compile.ops import (
     rms_norm_quantize_nvfp4,
     rms_norm_quantize_nvfp4_with_norm,
 )
+from tests import gpu
 from tests import nvfp4_oracle as oracle
 
 OPS = (torch.ops.dsv4.rms_norm_quantize_nvfp4.default, torch.ops.dsv4.rms_norm_quantize_nvfp4.with_norm)
@@ -195,3 +196,55 @@ def test_compiles(backend: str) -> None:
         for part, other in zip(compiled(x), run(x), strict=True):
             oracle.assert_same_bits(part, other)
     assert counter.frame_count == 1
+
+
+def check_on_gpu(x: Tensor, weight: Tensor | None, granularity: str, eps: float = EPS) -> None:
+    """Both overloads bit for bit the reference."""
+    norm, *packed = OPS[1](x, weight, eps, granularity)
+    results = gpu.on_gpu(rms_norm_quantize_nvfp4_with_norm, x, weight, eps, granularity)
+    for part, value in zip(results, (norm, *packed), strict=True):
+        oracle.assert_same_bits(part, value)
+    for part, value in zip(gpu.on_gpu(rms_norm_quantize_nvfp4, x, weight, eps, granularity), packed, strict=True):
+        oracle.assert_same_bits(part, value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weight_dtype", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("shape", [(2, 4096), (30, 4096), (60, 4096), (300, 4096), (50, 7168), (6, 1040)], ids=str)
+def test_gpu_matches_the_cpu(shape: tuple[int, int], granularity: str, weight_dtype: torch.dtype | None) -> None:
+    """Guards against one different bit for any value, in any schedule."""
+    weight = None if weight_dtype is None else (torch.rand(shape[1]) + 0.5).to(weight_dtype)
+    for style in gpu.STYLES:
+        check_on_gpu(gpu.values(shape, torch.bfloat16, style), weight, granularity)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_gpu_matches_the_cpu_in_other_dtypes(dtype: torch.dtype) -> None:
+    """Guards against a norm rounded to another dtype than that of the input."""
+    for granularity, rows in itertools.product(GRANULARITIES, (2, 300)):
+        for style in gpu.STYLES:
+            check_on_gpu(gpu.values((rows, 4096), dtype, style), torch.rand(4096), granularity)
+
+
+@pytest.mark.gpu
+def test_gpu_sum_of_squares_rounds_like_the_cpu() -> None:
+    """Guards against a sum whose order shows: 2^17 rows of Gaussian values of all magnitudes within a row.
+
+    Sums in another order differ by some 2^-52, so one row in 2^26 or so may round to another fp32 number.
+    """
+    for _ in range(16):
+        x = (torch.randn(8192, 256) * torch.logspace(-3, 3, 256)).bfloat16()
+        norm = gpu.on_gpu(rms_norm_quantize_nvfp4_with_norm, x.float(), None, EPS, "token")[0]
+        oracle.assert_same_bits(norm, OPS[1](x.float(), None, EPS, "token")[0])
+
+
+@pytest.mark.gpu
+def test_gpu_reads_any_strides() -> None:
+    """Guards against storage order and empty launches: permuted, sliced, misaligned, no rows, a weight with steps."""
+    weight = torch.rand(128)[::2]
+    x = torch.randn(64, 3, 5).permute(1, 2, 0)
+    for view in (x, x[:0], torch.randn(5, 200)[:, 3:67], torch.randn(64), torch.randn(9, 128)[::2, 64:]):
+        check_on_gpu(view, weight, "token")
+        check_on_gpu(view, weight, "tensor", eps=0.1)

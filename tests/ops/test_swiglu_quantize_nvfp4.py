@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from dsv4_compile import nvfp4
 from dsv4_compile.nvfp4 import GRANULARITIES
 from dsv4_compile.ops import dequantize_nvfp4, swiglu_quantize_nvfp4
+from tests import gpu
 from tests import nvfp4_oracle as oracle
 
 OP = torch.ops.dsv4.swiglu_quantize_nvfp4.default
@@ -147,3 +149,51 @@ def test_compiles() -> None:
         x = torch.randn(rows, 64)
         oracle.assert_packed_equal(compiled(x), expected(*x.chunk(2, dim=-1), 10.0, "tensor"))
     assert counter.frame_count == 1
+
+
+def check_on_gpu(gate: Tensor, up: Tensor, limit: float, granularity: str) -> None:
+    """Bit for bit the reference."""
+    parts = gpu.on_gpu(swiglu_quantize_nvfp4, gate, up, limit, granularity)
+    for part, value in zip(parts, nvfp4.quantize(nvfp4.swiglu(gate, up, limit), granularity), strict=True):
+        oracle.assert_same_bits(part, value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("limit", [10.0, INF])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("style", gpu.STYLES)
+@pytest.mark.parametrize("shape", [(2, 2048), (40, 2048), (60, 2048), (400, 2048), (3, 48)], ids=str)
+def test_gpu_matches_the_cpu(shape: tuple[int, int], style: str, granularity: str, limit: float) -> None:
+    """Guards against one different bit of exp, of a quotient or of a clamp, in any schedule; halves of one tensor."""
+    merged = gpu.values((shape[0], 2 * shape[1]), torch.bfloat16, style)
+    check_on_gpu(*merged.chunk(2, dim=-1), limit, granularity)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu_silu_of_every_magnitude(dtype: torch.dtype) -> None:
+    """Guards against an exp that is one bit off somewhere: gates from -100 to 100, and all finite bf16 numbers."""
+    if dtype == torch.bfloat16:
+        gate = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+        gate = gate[gate.isfinite()].view(-1, 256)
+    else:
+        gate = torch.cat([torch.linspace(-100, 100, 1 << 18), torch.randn(1 << 17) * 5]).to(dtype).view(-1, 256)
+    # Ones in up: each block's largest element shows in its scale; amax of 16 equal rows shows the bits in gsa.
+    check_on_gpu(gate, torch.ones_like(gate), INF, "token")
+    single = gate.reshape(-1, 1).expand(-1, 16)[:: max(1, gate.numel() // 65536)]
+    check_on_gpu(single, torch.ones_like(single), INF, "token")
+
+
+@pytest.mark.gpu
+def test_gpu_reads_any_strides() -> None:
+    """Guards against storage order and empty launches: transposed, expanded, misaligned, rank 3, no rows."""
+    x = torch.randn(6, 5, 128)
+    for gate, up in (
+        (x[..., :64], x[..., 64:]),
+        (x[:0, :, :64], x[:0, :, :64]),
+        (torch.randn(64, 5).t(), torch.randn(5, 64)),
+        (torch.randn(1, 64).expand(7, 64), torch.randn(7, 66)[:, 1:65]),
+        (x[0, 0, ::2], x[0, 1, ::2]),
+    ):
+        for granularity in GRANULARITIES:
+            check_on_gpu(gate, up, 10.0, granularity)

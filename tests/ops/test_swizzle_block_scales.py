@@ -6,6 +6,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dsv4_compile.ops import swizzle_block_scales, unswizzle_block_scales
+from tests import gpu
 from tests import nvfp4_oracle as oracle
 
 OP = torch.ops.dsv4.swizzle_block_scales.default
@@ -107,3 +108,14 @@ def test_compiles() -> None:
         assert torch.equal(swizzled, swizzle_block_scales(scales))
         assert torch.equal(back, scales)
     assert counter.frame_count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu_matches_the_cpu(dtype: torch.dtype) -> None:
+    """Guards against a layout of its own, or a wait for the GPU."""
+    for rows, cols in ((300, 33), (128, 4), (1, 1), (0, 4)):
+        scales = random_scales(rows, cols, dtype)
+        (swizzled,) = gpu.on_gpu(swizzle_block_scales, scales)
+        oracle.assert_same_bits(swizzled, swizzle_block_scales(scales))
+        oracle.assert_same_bits(gpu.on_gpu(unswizzle_block_scales, swizzled, rows, cols)[0], scales)

@@ -13,6 +13,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HashR
 
 from dsv4_compile.ops import topk_router
 from dsv4_compile.ops.topk_router import NORMALIZATIONS, SCORE_FUNCTIONS, scores
+from tests import gpu
 from tests import nvfp4_oracle as oracle
 
 OP = torch.ops.dsv4.topk_router.default
@@ -277,3 +278,48 @@ def test_compiles(backend: str) -> None:
         for part, other in zip(compiled(*args), run(*args), strict=True):
             oracle.assert_same_bits(part, other)
     assert counter.frame_count == 1
+
+
+def check_on_gpu(*args: object) -> None:
+    """Bit for bit the reference."""
+    for part, value in zip(gpu.on_gpu(OP, *args), OP(*args), strict=True):
+        oracle.assert_same_bits(part, value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
+@pytest.mark.parametrize("experts", [7, 64, 256, 384, 1024])
+def test_gpu_matches_the_cpu(experts: int, score_function: str, normalization: str) -> None:
+    """Guards against one different bit of a score, a tie broken another way, and NaN that is not the largest."""
+    logits = torch.randn(301, experts) * 4
+    logits[::2] = logits[::2].round()
+    logits[::7] = 1.2345
+    logits[3::11, 5], logits[4::13, 2] = NAN, -INF
+    for top_k in {1, min(8, experts), min(experts, 40)}:
+        for bias in (None, torch.randint(-2, 3, (experts,)) / 4):
+            check_on_gpu(logits, bias, None, None, top_k, score_function, normalization, 1e-20, 2.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu_reads_any_operands(dtype: torch.dtype) -> None:
+    """Guards against another dtype's bits, strides, no tokens, and entries of a table or of a bias of another token."""
+    for tokens in (0, 1, 2, 77):
+        logits = gpu.values((tokens, 64), dtype, "finite")
+        for view in (logits, logits[:, ::2].contiguous()[:, :31], torch.randn(32, tokens).to(dtype).t()):
+            experts = view.shape[1]
+            check_on_gpu(view, torch.randn(experts).to(dtype), None, None, 6, "sqrtsoftplus", "sum", 1e-20, 1.0)
+            for table_dtype, id_dtype in ((torch.int32, torch.int64), (torch.int64, torch.int32)):
+                table = torch.randint(0, experts, (6, 50)).to(table_dtype).t()
+                token_ids = torch.randint(0, 50, (tokens, 2)).to(id_dtype)[:, 0]
+                check_on_gpu(view, None, table, token_ids, 6, "sqrtsoftplus", "sum", 1e-20, 1.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
+def test_gpu_scores_every_magnitude(score_function: str) -> None:
+    """Guards against a score that is one bit off somewhere: one expert, so that its score is its weight."""
+    logits = torch.cat([torch.linspace(-95, 95, 60000), torch.randn(30000), gpu.values((9600,), torch.float32, "bits")])
+    logits = logits.view(-1, 1) if score_function != "softmax" else logits.view(-1, 8)
+    check_on_gpu(logits, None, None, None, logits.shape[1], score_function, "none", 0.0, 1.0)

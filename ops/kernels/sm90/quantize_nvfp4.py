@@ -1,5 +1,7 @@
 """Quantises a tensor as it is; the schedules are those of :mod:`quantizer`."""
 
+from cutlass import Int64
+
 from dsv4_compile.ops.kernels.sm90 import blocks, quantizer
 
 
@@ -7,14 +9,13 @@ class Tensor:
     """Source: the blocks of one tensor, kept as loaded."""
 
     has_statistic = False
-    second_is_matrix = True  # unused, the first again
 
     def __init__(self, dtype: str):
-        self.kept_dtype = dtype
+        self.kept_dtype = self.second_dtype = dtype
         self.raw_words = blocks.words_of(dtype)
 
     def load(self, inputs, row, column):
-        at = inputs.first + row * inputs.first_pitch + column * blocks.bytes_of(self.kept_dtype)
+        at = inputs.row(inputs.first, row) + Int64(column) * blocks.bytes_of(self.kept_dtype)
         return blocks.load(at, self.kept_dtype)
 
     def prepare(self, inputs, raw, factor, column):

@@ -39,23 +39,42 @@ DTYPES = {"bfloat16": BFloat16, "float16": Float16, "float32": Float32}
 
 
 @dataclass
-class Inputs:
-    """What sources read: addresses, bytes from row to row, blocks a row, and the operator's scalar."""
+class Operand:
+    """A tensor [outer, inner, K]: its address, and the bytes from one to the next of its leading dimensions."""
 
-    first: Any
-    first_pitch: Any
-    second: Any
-    second_pitch: Any
+    address: Any
+    outer_pitch: Any
+    inner_pitch: Any
+
+
+@dataclass
+class Inputs:
+    """What sources read: two operands, how rows divide into outer and inner, blocks a row, the operator's scalar."""
+
+    first: Operand
+    second: Operand
+    inner_rows: Any
+    inner_multiplier: Any
+    inner_shift: Any
     row_blocks: Any
     scalar: Any
 
+    def row(self, operand: Operand, row):
+        """Address of a row."""
+        outer = nm.quotient(row, self.inner_multiplier, self.inner_shift)
+        inner = row - outer * self.inner_rows
+        return operand.address + Int64(outer) * operand.outer_pitch + Int64(inner) * operand.inner_pitch
 
-def _inputs(first, second, row_blocks, scalar):
-    pitches = [
-        Int64(tensor.stride[0]) * (tensor.element_type.width // 8) if cute.rank(tensor) == 2 else None
-        for tensor in (first, second)
-    ]
-    return Inputs(nm.address_of(first), pitches[0], nm.address_of(second), pitches[1], row_blocks, scalar)
+
+def _inputs(
+    first, second, inner_rows, inner_multiplier, inner_shift,
+    first_outer, first_inner, second_outer, second_inner, row_blocks, scalar,
+):  # fmt: skip
+    operands = (
+        Operand(nm.address_of(first), first_outer, first_inner),
+        Operand(nm.address_of(second), second_outer, second_inner),
+    )
+    return Inputs(*operands, inner_rows, inner_multiplier, inner_shift, row_blocks, scalar)
 
 
 @cute.jit
@@ -149,6 +168,13 @@ def rows_kernel(
     norm: cute.Tensor,
     rows: Int32,
     row_blocks: Int32,
+    inner_rows: Int32,
+    inner_multiplier: Uint32,
+    inner_shift: Int32,
+    first_outer: Int64,
+    first_inner: Int64,
+    second_outer: Int64,
+    second_inner: Int64,
     scalar: Float32,
     is_pow2: Int32,
     source: cutlass.Constexpr,
@@ -165,7 +191,19 @@ def rows_kernel(
     lane_of_warp, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
     group = thread // config.threads
     lane = thread - group * config.threads
-    inputs = _inputs(first, second, row_blocks, scalar)
+    inputs = _inputs(
+        first,
+        second,
+        inner_rows,
+        inner_multiplier,
+        inner_shift,
+        first_outer,
+        first_inner,
+        second_outer,
+        second_inner,
+        row_blocks,
+        scalar,
+    )
     first_row = (cta * groups + group) * config.rows
     raw = cute.make_rmem_tensor(config.rows * config.blocks * source.raw_words, Uint32)
     kept = cute.make_rmem_tensor(config.rows * config.blocks * kept_words, Uint32)
@@ -243,8 +281,9 @@ def write_partial(top: Uint32, shared_tops: cute.Tensor, partials: cute.Tensor):
     thread, _, _ = cute.arch.thread_idx()
     cta, _, _ = cute.arch.block_idx()
     top = nm.largest_of_warp(top)
+    warp = cute.arch.warp_idx()  # a shuffle: all lanes take part
     if cute.arch.lane_idx() == 0:
-        shared_tops[cute.arch.warp_idx()] = top
+        shared_tops[warp] = top
     cute.arch.sync_threads()
     if thread < 32:
         top = nm.largest_of_warp(shared_tops[thread % WARPS])
@@ -261,6 +300,13 @@ def rows_amax_kernel(
     norm: cute.Tensor,
     rows: Int32,
     row_blocks: Int32,
+    inner_rows: Int32,
+    inner_multiplier: Uint32,
+    inner_shift: Int32,
+    first_outer: Int64,
+    first_inner: Int64,
+    second_outer: Int64,
+    second_inner: Int64,
     scalar: Float32,
     source: cutlass.Constexpr,
     config: cutlass.Constexpr,
@@ -275,7 +321,19 @@ def rows_amax_kernel(
     ctas, _, _ = cute.arch.grid_dim()
     group = thread // config.threads
     lane = thread - group * config.threads
-    inputs = _inputs(first, second, row_blocks, scalar)
+    inputs = _inputs(
+        first,
+        second,
+        inner_rows,
+        inner_multiplier,
+        inner_shift,
+        first_outer,
+        first_inner,
+        second_outer,
+        second_inner,
+        row_blocks,
+        scalar,
+    )
     raw = cute.make_rmem_tensor(config.blocks * source.raw_words, Uint32)
     kept = cute.make_rmem_tensor(config.blocks * kept_words, Uint32)
     factors = cute.make_rmem_tensor(1, Float32)
@@ -317,6 +375,13 @@ def amax_kernel(
     row_blocks: Int32,
     multiplier: Uint32,
     shift: Int32,
+    inner_rows: Int32,
+    inner_multiplier: Uint32,
+    inner_shift: Int32,
+    first_outer: Int64,
+    first_inner: Int64,
+    second_outer: Int64,
+    second_inner: Int64,
     scalar: Float32,
     source: cutlass.Constexpr,
     config: cutlass.Constexpr,
@@ -327,7 +392,19 @@ def amax_kernel(
     thread, _, _ = cute.arch.thread_idx()
     cta, _, _ = cute.arch.block_idx()
     ctas, _, _ = cute.arch.grid_dim()
-    inputs = _inputs(first, second, row_blocks, scalar)
+    inputs = _inputs(
+        first,
+        second,
+        inner_rows,
+        inner_multiplier,
+        inner_shift,
+        first_outer,
+        first_inner,
+        second_outer,
+        second_inner,
+        row_blocks,
+        scalar,
+    )
     raw = cute.make_rmem_tensor(UNROLL * source.raw_words, Uint32)
     kept = cute.make_rmem_tensor(kept_words, Uint32)
     if cutlass.const_expr(config.pdl):
@@ -386,6 +463,13 @@ def flat_kernel(
     row_blocks: Int32,
     multiplier: Uint32,
     shift: Int32,
+    inner_rows: Int32,
+    inner_multiplier: Uint32,
+    inner_shift: Int32,
+    first_outer: Int64,
+    first_inner: Int64,
+    second_outer: Int64,
+    second_inner: Int64,
     scalar: Float32,
     is_pow2: Int32,
     source: cutlass.Constexpr,
@@ -394,7 +478,19 @@ def flat_kernel(
     thread, _, _ = cute.arch.thread_idx()
     cta, _, _ = cute.arch.block_idx()
     ctas, _, _ = cute.arch.grid_dim()
-    inputs = _inputs(first, second, row_blocks, scalar)
+    inputs = _inputs(
+        first,
+        second,
+        inner_rows,
+        inner_multiplier,
+        inner_shift,
+        first_outer,
+        first_inner,
+        second_outer,
+        second_inner,
+        row_blocks,
+        scalar,
+    )
     raw = cute.make_rmem_tensor(UNROLL * source.raw_words, Uint32)
     chunk_blocks = FLAT_THREADS * UNROLL
     chunk = cute.ceil_div(num_blocks, chunk_blocks) - 1 - cta
@@ -439,12 +535,6 @@ def flat_kernel(
             load_blocks(raw, block, FLAT_THREADS, num_blocks, multiplier, shift, inputs, source)
 
 
-def _matrix(dtype: str):
-    element = DTYPES[dtype]
-    pitch = cute.sym_int64(divisibility=16 // (element.width // 8))
-    return make_fake_tensor(element, (cute.sym_int64(), cute.sym_int64(divisibility=16)), (pitch, 1), assumed_align=16)
-
-
 def _vector(dtype, align: int = 4):
     return make_fake_tensor(dtype, (cute.sym_int64(),), (1,), assumed_align=align)
 
@@ -456,9 +546,9 @@ def _packed():
 def build(config, source):
     """The ``cute.jit`` function of a schedule for a source, and its fake arguments."""
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-    second = _matrix(config.dtype) if source.second_is_matrix else _vector(DTYPES[source.second_dtype], 16)
-    operands = (_matrix(config.dtype), second)
-    division = (Int32(1), Uint32(1), Int32(0))
+    operands = (_vector(DTYPES[config.dtype], 16), _vector(DTYPES[source.second_dtype], 16))
+    division = (Int32(1), Uint32(1), Int32(0))  # divisor, multiplier, shift
+    pitches = (Int64(1),) * 4
     if isinstance(config, RowsConfig) and config.is_partial:
 
         @cute.jit
@@ -471,16 +561,40 @@ def build(config, source):
             rows: Int32,
             ctas: Int32,
             row_blocks: Int32,
+            inner_rows: Int32,
+            inner_multiplier: Uint32,
+            inner_shift: Int32,
+            first_outer: Int64,
+            first_inner: Int64,
+            second_outer: Int64,
+            second_inner: Int64,
             scalar: Float32,
             stream,
         ):
             rows_amax_kernel(
-                first, second, partials, row_factors, norm, rows, row_blocks, scalar, source, config
+                first,
+                second,
+                partials,
+                row_factors,
+                norm,
+                rows,
+                row_blocks,
+                inner_rows,
+                inner_multiplier,
+                inner_shift,
+                first_outer,
+                first_inner,
+                second_outer,
+                second_inner,
+                scalar,
+                source,
+                config,
             ).launch(grid=(ctas, 1, 1), block=(CTA_THREADS, 1, 1), stream=stream, use_pdl=config.pdl)
 
         norm = _vector(DTYPES[config.dtype], 16)
         return launch, (
-            *operands, _vector(Float32), _vector(Float32), norm, Int32(1), Int32(1), Int32(1), Float32(1.0), stream
+            *operands, _vector(Float32), _vector(Float32), norm, Int32(1), Int32(1), Int32(1), *division, *pitches,
+            Float32(1.0), stream,
         )  # fmt: skip
     if isinstance(config, RowsConfig):
 
@@ -494,6 +608,13 @@ def build(config, source):
             norm: cute.Tensor,
             rows: Int32,
             row_blocks: Int32,
+            inner_rows: Int32,
+            inner_multiplier: Uint32,
+            inner_shift: Int32,
+            first_outer: Int64,
+            first_inner: Int64,
+            second_outer: Int64,
+            second_inner: Int64,
             scalar: Float32,
             is_pow2: Int32,
             stream,
@@ -502,17 +623,46 @@ def build(config, source):
             if cutlass.const_expr(config.cluster > 1):
                 ctas = config.cluster
             rows_kernel(
-                first, second, codes, scales, global_scale, norm, rows, row_blocks, scalar, is_pow2, source, config
+                first,
+                second,
+                codes,
+                scales,
+                global_scale,
+                norm,
+                rows,
+                row_blocks,
+                inner_rows,
+                inner_multiplier,
+                inner_shift,
+                first_outer,
+                first_inner,
+                second_outer,
+                second_inner,
+                scalar,
+                is_pow2,
+                source,
+                config,
             ).launch(
                 grid=(ctas, 1, 1),
                 block=(CTA_THREADS, 1, 1),
-                cluster=(config.cluster, 1, 1),
+                cluster=(config.cluster, 1, 1) if config.cluster > 1 else None,
                 stream=stream,
                 use_pdl=config.pdl,
             )
 
         norm = _vector(DTYPES[config.dtype], 16)
-        return launch, (*operands, *_packed(), norm, Int32(1), Int32(1), Float32(1.0), Int32(0), stream)
+        return launch, (
+            *operands,
+            *_packed(),
+            norm,
+            Int32(1),
+            Int32(1),
+            *division,
+            *pitches,
+            Float32(1.0),
+            Int32(0),
+            stream,
+        )
     if isinstance(config, AmaxConfig):
 
         @cute.jit
@@ -525,14 +675,47 @@ def build(config, source):
             row_blocks: Int32,
             multiplier: Uint32,
             shift: Int32,
+            inner_rows: Int32,
+            inner_multiplier: Uint32,
+            inner_shift: Int32,
+            first_outer: Int64,
+            first_inner: Int64,
+            second_outer: Int64,
+            second_inner: Int64,
             scalar: Float32,
             stream,
         ):
             amax_kernel(
-                first, second, partials, num_blocks, row_blocks, multiplier, shift, scalar, source, config
+                first,
+                second,
+                partials,
+                num_blocks,
+                row_blocks,
+                multiplier,
+                shift,
+                inner_rows,
+                inner_multiplier,
+                inner_shift,
+                first_outer,
+                first_inner,
+                second_outer,
+                second_inner,
+                scalar,
+                source,
+                config,
             ).launch(grid=(ctas, 1, 1), block=(CTA_THREADS, 1, 1), stream=stream, use_pdl=config.pdl)
 
-        return launch, (*operands, _vector(Float32), Int32(1), Int32(1), *division, Float32(1.0), stream)
+        return launch, (
+            *operands,
+            _vector(Float32),
+            Int32(1),
+            Int32(1),
+            *division,
+            *division,
+            *pitches,
+            Float32(1.0),
+            stream,
+        )
     assert isinstance(config, FlatConfig)
 
     @cute.jit
@@ -550,16 +733,24 @@ def build(config, source):
         row_blocks: Int32,
         multiplier: Uint32,
         shift: Int32,
+        inner_rows: Int32,
+        inner_multiplier: Uint32,
+        inner_shift: Int32,
+        first_outer: Int64,
+        first_inner: Int64,
+        second_outer: Int64,
+        second_inner: Int64,
         scalar: Float32,
         is_pow2: Int32,
         stream,
     ):
         flat_kernel(
             first, second, partials, row_factors, codes, scales, global_scale, num_blocks, num_partials, row_blocks,
-            multiplier, shift, scalar, is_pow2, source, config,
+            multiplier, shift, inner_rows, inner_multiplier, inner_shift,
+            first_outer, first_inner, second_outer, second_inner, scalar, is_pow2, source, config,
         ).launch(grid=(ctas, 1, 1), block=(FLAT_THREADS, 1, 1), stream=stream, use_pdl=config.pdl)  # fmt: skip
 
     return launch, (
         *operands, _vector(Float32), _vector(Float32), *_packed(), Int32(1), Int32(1), Int32(1), *division,
-        Float32(1.0), Int32(0), stream,
+        *division, *pitches, Float32(1.0), Int32(0), stream,
     )  # fmt: skip

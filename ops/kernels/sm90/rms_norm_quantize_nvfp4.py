@@ -10,7 +10,6 @@ class RmsNorm:
     """Source: blocks of x, scaled by the row's factor and the weight, rounded to the dtype of x."""
 
     has_statistic = True
-    second_is_matrix = False
 
     def __init__(self, dtype: str, weight: str | None):
         self.kept_dtype = dtype
@@ -19,7 +18,7 @@ class RmsNorm:
         self.second_dtype = weight or dtype
 
     def load(self, inputs, row, column):
-        at = inputs.first + row * inputs.first_pitch + column * blocks.bytes_of(self.kept_dtype)
+        at = inputs.row(inputs.first, row) + Int64(column) * blocks.bytes_of(self.kept_dtype)
         return blocks.load(at, self.kept_dtype)
 
     def row_sum(self, raw, total):
@@ -34,7 +33,7 @@ class RmsNorm:
     def prepare(self, inputs, raw, factor, column):
         values = [nm.multiply(value, factor) for value in blocks.unpack(raw, self.kept_dtype)]
         if self.weight is not None:
-            at = inputs.second + Int64(column) * blocks.bytes_of(self.weight)
+            at = inputs.second.address + Int64(column) * blocks.bytes_of(self.weight)
             weights = blocks.unpack(blocks.load(at, self.weight), self.weight)
             values = [nm.multiply(value, weight) for value, weight in zip(values, weights, strict=True)]
         return blocks.pack(values, self.kept_dtype)

@@ -1,5 +1,6 @@
 """Quantises a clamped SwiGLU, computed in fp32 where it is needed: twice, where there are two passes."""
 
+from cutlass import Int64
 
 from dsv4_compile.ops.kernels.sm90 import blocks, quantizer
 from dsv4_compile.ops.kernels.sm90 import numerics as nm
@@ -15,17 +16,16 @@ class SwiGlu:
     """Source: blocks of gate and up, from which a block of fp32 products is made."""
 
     has_statistic = False
-    second_is_matrix = True
     kept_dtype = "float32"
 
     def __init__(self, dtype: str):
-        self.dtype = dtype
+        self.dtype = self.second_dtype = dtype
         self.raw_words = 2 * blocks.words_of(dtype)
 
     def load(self, inputs, row, column):
-        offset = column * blocks.bytes_of(self.dtype)
-        gate = blocks.load(inputs.first + row * inputs.first_pitch + offset, self.dtype)
-        return gate + blocks.load(inputs.second + row * inputs.second_pitch + offset, self.dtype)
+        offset = Int64(column) * blocks.bytes_of(self.dtype)
+        operands = (inputs.first, inputs.second)
+        return [word for each in operands for word in blocks.load(inputs.row(each, row) + offset, self.dtype)]
 
     def prepare(self, inputs, raw, factor, column):
         half = self.raw_words // 2
