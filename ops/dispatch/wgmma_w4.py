@@ -35,6 +35,7 @@ class Config:
         has_amax: SwiGLU's largest magnitude is written, one a CTA.
         out_dtype: ``bf16``, ``fp16`` or ``fp32``.
         ctas_per_sm: CTAs that share a multiprocessor, 1 or 2; 2 for at most 64 tokens a tile.
+        k_groups: pairs of warpgroups that share a tile, 2 of them each with every other 64 of K; 1 for 256 tokens.
         group: k16 steps, 2 or 4, that are decoded, then multiplied, together.
     """
 
@@ -49,6 +50,7 @@ class Config:
     has_amax: bool = False
     out_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     ctas_per_sm: int = 1
+    k_groups: int = 1
     group: int = 2
 
     @property
@@ -68,9 +70,9 @@ def is_mappable(*tensors: Tensor) -> bool:
 
 
 def num_clusters(config: Config, like: Tensor) -> int:
-    """Clusters that a device holds at once: those of four do not fill processor clusters of 18 multiprocessors."""
+    """Clusters that a device holds at once: those of four or more do not fill processor clusters of 18."""
     ctas = sm_count(like) * config.ctas_per_sm
-    return ctas // 16 * 4 if config.cluster == 4 else ctas // config.cluster
+    return ctas // (4 * config.cluster) * 4 if config.cluster >= 4 else ctas // config.cluster
 
 
 def launch_dense(

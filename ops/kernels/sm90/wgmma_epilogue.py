@@ -10,6 +10,7 @@ from dsv4_compile.ops.kernels.sm90.wgmma_instructions import (
     arrive_cluster,
     load_cluster_f32x4,
     load_global_f32,
+    load_shared_f32,
     load_shared_f32x2,
     load_shared_v4,
     map_to_cluster,
@@ -22,6 +23,7 @@ from dsv4_compile.ops.kernels.sm90.wgmma_instructions import (
 WARPGROUP = 128
 CONSUMER_WARPS = 8
 CONSUMERS_BARRIER = 3  # named barriers: 1 and 2 are those of the warpgroups
+EXCHANGE_WRITTEN_BARRIER, EXCHANGE_READ_BARRIER = 4, 5
 DECODED_EXPONENT = 2.0**14  # the products of decoded weights carry its inverse
 INFINITY = float("inf")
 
@@ -37,10 +39,17 @@ class Epilogue:
         self.row_scale_bytes = 4 * self.tokens  # of each warpgroup
         self.staging_bytes = self.chunk * self.columns * 2
         self.pitch = 128 + 4  # floats between tokens of a partial sum: no bank conflicts
-        if config.splits > 1:
+        # 256 tokens leave no room for partial sums beside the rings: one tile a CTA, over when they are written.
+        self.reuses_ring = config.splits > 1 and self.tokens == 256
+        self.partial_offset = 0  # set by the kernel
+        self.exchange_bytes = 4 * self.tokens * 128 if config.k_groups > 1 else 0
+        if self.reuses_ring:
+            self.shared_bytes = 0
+        elif config.splits > 1:
             self.shared_bytes = self.row_scale_bytes + 4 * self.tokens * self.pitch
         else:
             self.shared_bytes = 2 * (self.row_scale_bytes + self.staging_bytes)
+        self.shared_bytes += self.exchange_bytes
 
     @cute.jit
     def store(
@@ -83,6 +92,23 @@ class Epilogue:
                 first_row, first_column, first, count, thread, warp, largest,
             )  # fmt: skip
         return largest
+
+    @cute.jit
+    def exchange(self, accumulators, base, offset: cutlass.Constexpr, k_group, thread, tile_count):
+        """Adds the sums of the second k group to those of the first, which alone goes on with the tile."""
+        address = Int32(base.toint()) + offset + thread % (32 * CONSUMER_WARPS) * 4
+        both = 2 * 32 * CONSUMER_WARPS
+        if k_group == 1:
+            if tile_count > 0:
+                cute.arch.barrier(barrier_id=EXCHANGE_READ_BARRIER, number_of_threads=both)
+            for i in cutlass.range_constexpr(self.tokens // 2):
+                store_shared_f32(address, i * 128 * CONSUMER_WARPS, accumulators[i])
+            cute.arch.barrier_arrive(barrier_id=EXCHANGE_WRITTEN_BARRIER, number_of_threads=both)
+        else:
+            cute.arch.barrier(barrier_id=EXCHANGE_WRITTEN_BARRIER, number_of_threads=both)
+            for i in cutlass.range_constexpr(self.tokens // 2):
+                accumulators[i] = add(accumulators[i], load_shared_f32(address, i * 128 * CONSUMER_WARPS))
+            cute.arch.barrier_arrive(barrier_id=EXCHANGE_READ_BARRIER, number_of_threads=both)
 
     @cute.jit
     def row_factor(self, scale_address, segments, rows, row):
@@ -308,11 +334,13 @@ class Epilogue:
         config = self.config
         lane = thread % 32
         g, t = lane // 4, lane % 4
-        partial = Int32(base.toint()) + offset + self.row_scale_bytes
+        partial = Int32(base.toint()) + self.partial_offset
         member = rank % config.multicast
         split = rank // config.multicast
         written, read = split_barriers, split_barriers + 1
         wait_cluster(Int32(read.toint()), (tile_count + 1) % 2)  # passes at once before the first tile
+        if cutlass.const_expr(self.reuses_ring):
+            cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=32 * CONSUMER_WARPS)
         row = warp * 16 + g
         for j in cutlass.range_constexpr(self.tokens // 8):
             address = partial + 4 * ((8 * j + 2 * t) * self.pitch + row)

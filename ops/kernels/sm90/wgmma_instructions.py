@@ -32,6 +32,20 @@ def load_shared_byte(address, offset, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def load_shared_word(address, offset, *, loc=None, ip=None):
+    """The word at a shared address plus a constant."""
+    text = f"ld.shared.b32 $0, [$1+{offset}];"
+    return Int32(_asm(T.i32(), _i32([address], loc, ip), text, "=r,r", True, loc, ip))
+
+
+@dsl_user_op
+def load_shared_f32(address, offset, *, loc=None, ip=None):
+    """The fp32 at a shared address plus a constant."""
+    text = f"ld.shared.f32 $0, [$1+{offset}];"
+    return Float32(_asm(T.f32(), _i32([address], loc, ip), text, "=f,r", True, loc, ip))
+
+
+@dsl_user_op
 def load_shared_f32x2(address, offset, *, loc=None, ip=None):
     """Two fp32 at an 8-byte aligned shared address plus a constant."""
     pair = _asm(

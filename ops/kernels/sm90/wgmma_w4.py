@@ -26,6 +26,7 @@ from dsv4_compile.ops.kernels.sm90.wgmma_instructions import (
     load_global_i32,
     load_shared_byte,
     load_shared_v4,
+    load_shared_word,
     scale_pair,
 )
 
@@ -36,16 +37,14 @@ STEP_K = 64  # of an activation stage: 128 bytes a token, one swizzle atom
 STEPS = STAGE_K // STEP_K
 HALF_ROWS = 64
 BLOCK_ROWS = 2 * HALF_ROWS
-CONSUMER_WARPS = 8
-THREADS = 32 * CONSUMER_WARPS + 128
-WEIGHT_WARP, ACTIVATION_WARP = CONSUMER_WARPS, CONSUMER_WARPS + 1
+CONSUMER_WARPS = 8  # of one k group
 TOKEN_BAND = 8  # token tiles that are walked before the next weight rows
 SHARED_BYTES = 227 * 1024
 BARRIER_BYTES = 1024
 MAX_WEIGHT_STAGES, MAX_ACTIVATION_STAGES = 8, 12
 OUT_DTYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
 
-CONSUMER_REGISTERS = {1: 240, 2: 112}  # by CTAs a multiprocessor
+CONSUMER_REGISTERS = {(1, 1): 240, (2, 1): 112, (1, 2): 120}  # by CTAs a multiprocessor and k groups
 PRODUCER_REGISTERS = 24
 
 
@@ -57,6 +56,7 @@ class WgmmaW4:
         self.is_swiglu = config.mode == "swiglu"
         self.cluster = config.multicast * config.splits
         self.epilogue = Epilogue(config)
+        self.consumer_warps = CONSUMER_WARPS * config.k_groups
         self.group = config.group
         self.groups = STEP_K // 16 // self.group  # a step of K
         self.load_tokens = self.tokens // config.multicast  # that one CTA loads
@@ -74,6 +74,11 @@ class WgmmaW4:
         self.code_offset = self.activation_offset + self.activation_stages * self.activation_bytes
         self.scale_offset = self.code_offset + self.weight_stages * BLOCK_ROWS * CODE_BYTES
         self.epilogue_offset = self.scale_offset + self.weight_stages * BLOCK_ROWS * SCALE_BYTES
+        if self.epilogue.reuses_ring:
+            self.epilogue.partial_offset = self.activation_offset
+        else:
+            self.epilogue.partial_offset = self.epilogue_offset + self.epilogue.row_scale_bytes
+        self.exchange_offset = self.epilogue_offset + self.epilogue.shared_bytes - self.epilogue.exchange_bytes
         self.shared_bytes = self.epilogue_offset + self.epilogue.shared_bytes
         assert self.activation_stages >= 2
         assert self.shared_bytes <= SHARED_BYTES // config.ctas_per_sm
@@ -196,7 +201,7 @@ class WgmmaW4:
             limit,
         ).launch(
             grid=[num_ctas // self.cluster * self.cluster, 1, 1],
-            block=[THREADS, 1, 1],
+            block=[32 * self.consumer_warps + 128, 1, 1],
             cluster=[self.cluster, 1, 1],
             smem=self.shared_bytes,
             min_blocks_per_mp=config.ctas_per_sm,
@@ -239,7 +244,7 @@ class WgmmaW4:
         if thread == 0:
             for i in cutlass.range_constexpr(self.weight_stages):
                 cute.arch.mbarrier_init(weight_full + i, 1)
-                cute.arch.mbarrier_init(weight_empty + i, CONSUMER_WARPS)
+                cute.arch.mbarrier_init(weight_empty + i, self.consumer_warps)
             for i in cutlass.range_constexpr(self.activation_stages):
                 cute.arch.mbarrier_init(x_full + i, 1)
                 cute.arch.mbarrier_init(x_empty + i, CONSUMER_WARPS * config.multicast)
@@ -271,20 +276,20 @@ class WgmmaW4:
         cluster_id = cute.arch.block_idx()[0] // self.cluster
         num_clusters = cute.arch.grid_dim()[0] // self.cluster
 
-        if warp >= CONSUMER_WARPS:
+        if warp >= self.consumer_warps:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
-            if warp == WEIGHT_WARP:
+            if warp == self.consumer_warps:
                 self.load_weights(
                     code_atoms, code_tensors, scale_atoms, scale_tensors, schedule, base, weight_full, weight_empty,
                     block_ends, first_stage, stages, cluster_id, num_clusters, rank, out,
                 )  # fmt: skip
-            if warp == ACTIVATION_WARP:
+            if warp == self.consumer_warps + 1:
                 self.load_activations(
                     x_atom, x_tensor, schedule, base, x_full, x_empty, block_ends, first_stage, stages, cluster_id,
                     num_clusters, rank, out,
                 )  # fmt: skip
         else:
-            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[config.ctas_per_sm])
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[config.ctas_per_sm, config.k_groups])
             self.consume(
                 mma, code_tensors, row_scale, global_scales, schedule, bias, row_weight, partial_amax, out, limit, base,
                 weight_full, weight_empty, x_full, x_empty, split_barriers, block_ends, stages, cluster_id,
@@ -464,9 +469,13 @@ class WgmmaW4:
         weight_full, weight_empty, x_full, x_empty, split_barriers, block_ends, stages, cluster_id, num_clusters, rank,
         thread, warp,
     ):  # fmt: skip
-        """Two warpgroups: decode, multiply, store."""
+        """Two warpgroups, or two pairs of them: decode, multiply, store."""
         config = self.config
         lane = thread % 32
+        k_group = Int32(0)
+        if cutlass.const_expr(config.k_groups > 1):
+            k_group = warp // CONSUMER_WARPS
+            warp = warp % CONSUMER_WARPS
         g, t = lane // 4, lane % 4
         # The shared rows of the fragment's rows g and g + 8: neighbouring groups of eight, or a gate and its up row.
         if cutlass.const_expr(self.is_swiglu):
@@ -476,7 +485,8 @@ class WgmmaW4:
             row = warp * 16 + g
             second = 8
         code_lane = Int32((base + self.code_offset).toint()) + row * CODE_BYTES + g * 16 + t
-        scale_lane = Int32((base + self.scale_offset).toint()) + row * SCALE_BYTES
+        code_lane = code_lane ^ (k_group << 5)  # 64 of K are 32 bytes of codes and 4 of scales
+        scale_lane = Int32((base + self.scale_offset).toint()) + row * SCALE_BYTES + k_group * 4
 
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
         layout = cute.tile_to_shape(atom, (self.tokens, STEP_K, self.activation_stages), order=(0, 1, 2))
@@ -494,8 +504,9 @@ class WgmmaW4:
             fragments.append(fragment)
             words.append(cute.recast_tensor(fragment, Int32))
 
+        positions = STEPS // config.k_groups * self.groups
         weight_slot, weight_phase = Int32(0), Int32(0)
-        x_slot, x_phase = Int32(0), Int32(0)
+        x_slot, x_phase = k_group, Int32(0)
         tile_count = Int32(0)
         largest = Float32(0.0)
         if cutlass.const_expr(self.is_grouped):
@@ -510,19 +521,19 @@ class WgmmaW4:
                 cute.arch.mbarrier_wait(weight_full + weight_slot, weight_phase)
                 codes = code_lane + weight_slot * (BLOCK_ROWS * CODE_BYTES)
                 scales = scale_lane + weight_slot * (BLOCK_ROWS * SCALE_BYTES)
-                scale_words = [load_shared_v4(scales + i * second * SCALE_BYTES) for i in range(2)]
+                scale_words = [self.load_scales(scales + i * second * SCALE_BYTES) for i in range(2)]
                 nibbles = self.load_codes(codes, 0, second)
-                for step in cutlass.range_constexpr(STEPS):
+                for step in cutlass.range_constexpr(STEPS // config.k_groups):
                     for group in cutlass.range_constexpr(self.groups):
                         position = step * self.groups + group
                         current = nibbles
-                        if cutlass.const_expr(position + 1 < STEPS * self.groups):
+                        if cutlass.const_expr(position + 1 < positions):
                             nibbles = self.load_codes(codes, position + 1, second)
                         target = words[position % 2]
                         self.decode(
                             current, [self.scale_factors(scale_words[i][step], group) for i in range(2)], target
                         )
-                        if cutlass.const_expr(position + 1 == STEPS * self.groups):
+                        if cutlass.const_expr(position + 1 == positions):
                             with cute.arch.elect_one():
                                 cute.arch.mbarrier_arrive(weight_empty + weight_slot)
                         if cutlass.const_expr(group == 0):
@@ -542,9 +553,9 @@ class WgmmaW4:
                             if step > 0 or stage > 0:
                                 self.release(x_empty + last_slot, rank)
                             last_slot = x_slot
-                    x_slot = x_slot + 1
-                    if x_slot == self.activation_stages:
-                        x_slot = Int32(0)
+                    x_slot = x_slot + config.k_groups
+                    if x_slot >= self.activation_stages:
+                        x_slot = x_slot - self.activation_stages
                         x_phase = x_phase ^ 1
                 weight_slot = weight_slot + 1
                 if weight_slot == self.weight_stages:
@@ -554,46 +565,65 @@ class WgmmaW4:
             if stages > 0:
                 self.release(x_empty + last_slot, rank)
 
-            if cutlass.const_expr(not self.is_grouped):
-                cute.arch.griddepcontrol_wait()  # before anything but the weights is read or written
-            start = Int32(0)
-            column = Int32(0)
-            scale_address = Int64(0)
-            segments = Int32(1)
-            rows = Int32(0)
-            first_column = Int32(0)
-            first_row = Int32(0)
-            for i in cutlass.range_constexpr(config.num_weights):
-                weight_rows = Int32(code_tensors[i].shape[0])
-                if block >= start and block < block_ends[i]:
-                    scale_address = global_scales[i].iterator.toint()
-                    segments = Int32(global_scales[i].shape[1]) if self.is_grouped else Int32(global_scales[i].shape[0])
-                    rows = weight_rows
-                    first_column = column
-                    first_row = ((block - start) * config.multicast + rank % config.multicast) * (
-                        HALF_ROWS if self.is_swiglu else BLOCK_ROWS
-                    )
-                start = block_ends[i]
-                column = column + weight_rows
-            if cutlass.const_expr(self.is_grouped):
-                scale_address = (
-                    scale_address + Int64(cutlass.min(expert, Int32(global_scales[0].shape[0]) - 1) * segments) * 4
-                )
-            largest = self.epilogue.store(
-                accumulators, base, self.epilogue_offset, split_barriers, row_scale, scale_address, segments, bias,
-                row_weight, out, limit, rows, first_row, first_column, first, count, rank, thread, warp, tile_count,
-                largest,
-            )  # fmt: skip
+            if cutlass.const_expr(config.k_groups > 1):
+                self.epilogue.exchange(accumulators, base, self.exchange_offset, k_group, thread, tile_count)
+            if k_group == 0:
+                largest = self.finish(
+                    accumulators, code_tensors, row_scale, global_scales, bias, row_weight, out, limit, base,
+                    split_barriers, block_ends, block, first, count, expert, rank, thread, warp, tile_count, largest,
+                )  # fmt: skip
             tile_count = tile_count + 1
         if cutlass.const_expr(config.has_amax):
-            cute.arch.griddepcontrol_wait()
-            self.epilogue.store_amax(largest, partial_amax, base, self.epilogue_offset, thread, warp)
+            if k_group == 0:  # noqa: SIM102
+                cute.arch.griddepcontrol_wait()
+                self.epilogue.store_amax(largest, partial_amax, base, self.epilogue_offset, thread, warp)
+
+    @cute.jit
+    def finish(
+        self, accumulators, code_tensors, row_scale, global_scales, bias, row_weight, out, limit, base, split_barriers,
+        block_ends, block, first, count, expert, rank, thread, warp, tile_count, largest,
+    ):  # fmt: skip
+        """The epilogue of a tile, with what belongs to its weight."""
+        config = self.config
+        if cutlass.const_expr(not self.is_grouped):
+            cute.arch.griddepcontrol_wait()  # before anything but the weights is read or written
+        start = Int32(0)
+        column = Int32(0)
+        scale_address = Int64(0)
+        segments = Int32(1)
+        rows = Int32(0)
+        first_column = Int32(0)
+        first_row = Int32(0)
+        for i in cutlass.range_constexpr(config.num_weights):
+            weight_rows = Int32(code_tensors[i].shape[0])
+            if block >= start and block < block_ends[i]:
+                scale_address = global_scales[i].iterator.toint()
+                segments = Int32(global_scales[i].shape[1]) if self.is_grouped else Int32(global_scales[i].shape[0])
+                rows = weight_rows
+                first_column = column
+                first_row = ((block - start) * config.multicast + rank % config.multicast) * (
+                    HALF_ROWS if self.is_swiglu else BLOCK_ROWS
+                )
+            start = block_ends[i]
+            column = column + weight_rows
+        if cutlass.const_expr(self.is_grouped):
+            scale_address = (
+                scale_address + Int64(cutlass.min(expert, Int32(global_scales[0].shape[0]) - 1) * segments) * 4
+            )
+        largest = self.epilogue.store(
+            accumulators, base, self.epilogue_offset, split_barriers, row_scale, scale_address, segments, bias,
+            row_weight, out, limit, rows, first_row, first_column, first, count, rank, thread, warp, tile_count,
+            largest,
+        )  # fmt: skip
+        return largest
 
     def load_codes(self, codes, position, second):
         """The lane's bytes of a group of k16 steps: for each step rows (g, g + 8) of k 2t, then of k 2t + 8."""
         nibbles = []
         for k in range(self.group):
             step = position * self.group + k
+            if self.config.k_groups > 1:
+                step = step // 4 * 8 + step % 4
             if k % 2 == 0:
                 chunk = codes ^ Int32(step // 2 << 4)  # 16 bytes of a row hold two steps
             nibbles.append(
@@ -604,6 +634,12 @@ class WgmmaW4:
                 ]
             )
         return nibbles
+
+    def load_scales(self, address):
+        """A row's block scales of a stage that this k group needs, a word for each of its steps."""
+        if self.config.k_groups == 1:
+            return load_shared_v4(address)
+        return [load_shared_word(address, 8 * i) for i in range(STEPS // 2)]
 
     def scale_factors(self, word, group):
         """The scales of a group of k16 steps out of the word of 64 elements of K."""
