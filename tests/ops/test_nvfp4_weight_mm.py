@@ -159,3 +159,52 @@ def test_compiles() -> None:
         torch._dynamo.mark_dynamic(x, 0)
         oracle.assert_same_bits(compiled(x), mm(x * 2, *weights))
     assert counter.frame_count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("tokens", "rows", "k"),
+    [
+        (1, (64,), 256),
+        (7, (136, 8), 512),
+        (64, (512, 72, 128), 768),
+        (300, (384, 16, 8, 64, 256), 512),
+        (1030, (2048,), 256),
+        (70, (64, 60), 272),
+        (0, (8,), 256),
+    ],
+)
+def test_gpu_matches_cpu(tokens: int, rows: tuple[int, ...], k: int, out_dtype: torch.dtype) -> None:
+    """Guards against an activation that is rounded, and a kernel chosen for a shape that it does not fit.
+
+    Bound: that of a sum on tensor cores, see tests/kernels/test_sm90_wgmma.py, twice, and one rounding.
+    """
+    x, weights = torch.randn(tokens, 2 * k).bfloat16()[:, k:], [any_packed(n, k=k, scale_shape=(n,)) for n in rows]
+    bias = torch.randn(sum(rows))
+    gpu_weights = [(codes.cuda(), block_scales.cuda(), scale.cuda()) for codes, block_scales, scale in weights]
+    storage = torch.empty(tokens, 2 * k, dtype=torch.bfloat16, device="cuda")
+    gpu_x = storage[:, k:].copy_(x)
+    actual = mm(gpu_x, *gpu_weights, bias=bias.cuda(), out_dtype=out_dtype).cpu().double()
+    exact = expected(x, *weights, bias=bias).double()
+    unsigned = [(codes & 0x77, block_scales, scale) for codes, block_scales, scale in weights]
+    error = expected(x.abs(), *unsigned, bias=bias.abs()).double() * (k / 16 + 16) * 2.0**-21
+    rounding = 2.0**-8 if out_dtype == torch.bfloat16 else 2.0**-23
+    assert actual.shape == exact.shape
+    assert ((actual - exact).abs() <= error + (exact.abs() + error) * rounding).all()
+
+
+@pytest.mark.gpu
+def test_gpu_non_finite() -> None:
+    """Guards against an Inf or NaN of the activation that leaves its row or is lost."""
+    x = torch.randn(70, 512, device="cuda").bfloat16()
+    codes, block_scales, scale = (part.cuda() for part in any_packed(72, k=512))
+    codes |= 0x11  # no zero code
+    block_scales.view(torch.uint8).clamp_(min=1)
+    before = mm(x, (codes, block_scales, scale))
+    x[3, 5], x[9, 500] = math.nan, math.inf
+    after = mm(x, (codes, block_scales, scale))
+    assert after[3].isnan().all()
+    assert after[9].isinf().all()
+    after[[3, 9]] = before[[3, 9]]
+    oracle.assert_same_bits(after.cpu(), before.cpu())
