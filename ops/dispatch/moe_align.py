@@ -12,7 +12,8 @@ from dsv4_compile.ops.dispatch.moe_combine import DTYPE_NAMES
 from dsv4_compile.ops.kernels import cache
 
 MAX_EXPERTS = 1024  # one thread of a CTA an expert
-SINGLE_CTA_SLOTS = 4096  # from here on a cluster of CTAs shares the slots
+SMALL_SLOTS = 128  # one thread a slot, sorted by comparing all with all
+SINGLE_CTA_SLOTS = 2048  # beyond, a cluster of CTAs shares the slots
 CLUSTER_CTAS = 8
 SCHEDULE_COLUMNS = 4
 
@@ -23,7 +24,7 @@ class AlignConfig:
 
     Attributes:
         index_dtype: of the ids, ``int32`` or ``int64``.
-        ctas: CTAs of the one cluster that runs.
+        ctas: CTAs of the one cluster that runs; 0 for the variant that compares all with all.
         weight_dtype: of the routing weights that are sorted too; empty for none.
         has_token_scale: a scale of each token goes along.
         pdl: programmatic dependent launch.
@@ -114,7 +115,7 @@ def align(
     )
     config = AlignConfig(
         index_dtype="int64" if ids.dtype == torch.int64 else "int32",
-        ctas=1 if slots <= SINGLE_CTA_SLOTS else CLUSTER_CTAS,
+        ctas=0 if slots <= SMALL_SLOTS else 1 if slots <= SINGLE_CTA_SLOTS else CLUSTER_CTAS,
         weight_dtype="" if weights is None else DTYPE_NAMES[weights.dtype],
         has_token_scale=token_scale is not None,
     )

@@ -75,6 +75,35 @@ def model_of_align(ids: Integers, experts: int, ctas: int, warps: int = 32) -> t
     return sorted_slots, row_of_slot
 
 
+def model_of_small_align(ids: Integers, experts: int, tile_rows: int) -> tuple[Integers, Integers, Integers]:
+    """The other algorithm of the kernel, up to 128 slots: ranks of keys, then tiles from masks of 32 rows."""
+    chosen = np.full(128, experts + 1)
+    chosen[: len(ids)] = np.where((ids >= 0) & (ids < experts), ids, experts)
+    keys = chosen * 128 + np.arange(128)
+    in_order = np.empty(128, np.int64)
+    in_order[(keys[None, :] < keys[:, None]).sum(axis=1)] = keys
+    expert, slot = in_order // 128, in_order % 128
+    heads = (expert != np.append(-1, expert[:-1])).reshape(4, 32)
+    begin, end = np.zeros(128, np.int64), np.full(128, 128)
+    for row in range(128):
+        warp, lane = divmod(row, 32)
+        for i in range(4):
+            until = np.flatnonzero(heads[i, : (32 if i < warp else lane + 1 if i == warp else 0)])
+            after = np.flatnonzero(heads[i] & (np.arange(32) > (-1 if i > warp else lane if i == warp else 31)))
+            if len(until):
+                begin[row] = i * 32 + until[-1]
+            if len(after) and end[row] == 128:
+                end[row] = i * 32 + after[0]
+    rows = np.arange(128)
+    is_leader = (expert < experts) & ((rows - begin) % tile_rows == 0)
+    tiles = [[expert[r], r, min(end[r] - r, tile_rows), 0] for r in rows if is_leader[r]]
+    sorted_slots, row_of_slot = np.full(len(ids), -1), np.full(len(ids), -1)
+    for row in range(len(ids)):
+        if expert[row] < experts:
+            sorted_slots[row], row_of_slot[slot[row]] = slot[row], row
+    return sorted_slots, row_of_slot, np.array([[len(tiles), (expert < experts).sum(), 0, 0], *tiles])
+
+
 def any_ids(slots: int, experts: int, skew: str) -> Integers:
     """Routing with sentinels: uniform, all to one expert, half of them to one, or to nobody."""
     ids = np.random.randint(-1, experts + 1, slots)
@@ -103,6 +132,17 @@ def test_algorithm_of_align_is_a_stable_sort(slots: int, experts: int, skew: str
 
 
 @pytest.mark.parametrize("skew", SKEWS)
+def test_small_algorithm_of_align(skew: str) -> None:
+    """Guards against a run of rows that crosses a mask, or ends where the slots end."""
+    for slots in (0, 1, 6, 31, 32, 33, 96, 127, 128):
+        for experts, tile_rows in ((1, 8), (3, 8), (40, 16), (256, 8), (1024, 5)):
+            ids = any_ids(slots, experts, skew)
+            expected = expected_alignment(ids, experts, tile_rows)
+            for actual, wanted in zip(model_of_small_align(ids, experts, tile_rows), expected, strict=True):
+                np.testing.assert_array_equal(actual, wanted)
+
+
+@pytest.mark.parametrize("skew", SKEWS)
 def test_max_tiles_holds_every_routing(skew: str) -> None:
     """Guards against tiles that fall off the end of the schedule; reached where every expert has one row too many."""
     for _ in range(200):
@@ -114,7 +154,8 @@ def test_max_tiles_holds_every_routing(skew: str) -> None:
 
 
 CONFIGS: list[tuple[str, Any]] = [
-    *(("sm90.moe_align", AlignConfig(dtype, ctas)) for dtype in ("int32", "int64") for ctas in (1, 8)),
+    *(("sm90.moe_align", AlignConfig(dtype, ctas)) for dtype in ("int32", "int64") for ctas in (0, 1, 8)),
+    ("sm90.moe_align", AlignConfig("int64", 0, "bfloat16", True)),
     ("sm90.moe_align", AlignConfig("int64", 1, "bfloat16", True)),
     ("sm90.moe_align", AlignConfig("int64", 8, "bfloat16", True)),
     *(("sm90.grouped_unaligned", grouped_unaligned.Config(dtype)) for dtype in ("bfloat16", "float16", "float32")),
@@ -174,7 +215,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "new_empty", poisoned)
 
 
-ALIGN_CASES = [(1, 1, 1), (1, 6, 256), (4, 6, 256), (16, 6, 256), (16, 8, 1024), (33, 3, 5), (64, 6, 256), (0, 6, 256), (3, 0, 4), (600, 7, 384), (4096, 6, 256), (16384, 8, 384), (16384, 6, 1024)]  # fmt: skip
+ALIGN_CASES = [(1, 1, 1), (1, 6, 256), (4, 6, 256), (16, 6, 256), (16, 8, 1024), (43, 3, 6), (33, 3, 5), (64, 6, 256), (0, 6, 256), (3, 0, 4), (600, 7, 384), (4096, 6, 256), (16384, 8, 384), (16384, 6, 1024)]  # fmt: skip
 
 
 @pytest.mark.gpu
@@ -356,7 +397,7 @@ def test_records_kernels_on_meta_tensors() -> None:
         combine(torch.empty(4096 * 6, 64, device="meta"), alignment.row_of_slot, None, 6, out)
     assert list(wanted) == [
         ("sm90.moe_align", AlignConfig("int64", 8)),
-        ("sm90.moe_align", AlignConfig("int32", 1)),
+        ("sm90.moe_align", AlignConfig("int32", 0)),
         ("sm90.moe_requantize", RequantizeConfig("bfloat16", "token")),
         ("sm90.moe_combine", CombineConfig("bfloat16", "")),
     ]

@@ -7,13 +7,14 @@ between the two walks.
 """
 
 import cutlass
-from cutlass import Float32, Int32, Uint16, cute
+from cutlass import Float32, Int32, Uint16, Uint32, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from dsv4_compile.ops.dispatch.moe_align import MAX_EXPERTS, AlignConfig, ScheduleConfig
+from dsv4_compile.ops.dispatch.moe_align import MAX_EXPERTS, SMALL_SLOTS, AlignConfig, ScheduleConfig
 
 THREADS = 1024
 WARPS = THREADS // 32
+SMALL_WARPS = SMALL_SLOTS // 32
 FULL = 0xFFFFFFFF
 AHEAD = 4  # loads in flight a lane
 
@@ -255,6 +256,116 @@ def align_kernel(
 
 
 @cute.kernel
+def align_small_kernel(
+    ids: cute.Tensor,
+    sorted_slots: cute.Tensor,
+    row_of_slot: cute.Tensor,
+    schedule: cute.Tensor,
+    zeroed: cute.Tensor,
+    weights: cute.Tensor,
+    row_weight: cute.Tensor,
+    token_scale: cute.Tensor,
+    row_scale: cute.Tensor,
+    experts: Int32,
+    top_k: Int32,
+    tile_rows: Int32,
+    has_weights: cutlass.Constexpr,
+    has_token_scale: cutlass.Constexpr,
+    pdl: cutlass.Constexpr,
+):
+    """Up to 128 slots, a thread each: a slot's row is the number of smaller keys (expert, slot).
+
+    Then a thread owns a row: where its expert's rows begin and end follows from the rows at which experts change, and
+    the number of its tile from the rows at which tiles begin; both are masks of 32 rows a warp.
+    """
+    smem = cutlass.memory.SmemAllocator()
+    keys = smem.allocate_tensor(Int32, cute.make_layout((4, SMALL_SLOTS // 4)), 16)
+    in_order = smem.allocate_tensor(Int32, cute.make_layout(SMALL_SLOTS), 16)
+    heads = smem.allocate_tensor(Uint32, cute.make_layout(SMALL_WARPS), 16)
+    leaders = smem.allocate_tensor(Uint32, cute.make_layout(SMALL_WARPS), 16)
+    valids = smem.allocate_tensor(Uint32, cute.make_layout(SMALL_WARPS), 16)
+    thread, _, _ = cute.arch.thread_idx()
+    warp = cute.arch.warp_idx()
+    slots = Int32(cute.size(ids))
+    if cutlass.const_expr(pdl):
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+
+    expert = experts + 1  # behind those of slots that go nowhere
+    if thread < slots:
+        value = ids[thread]
+        expert = experts
+        if (value >= 0) & (value < experts):
+            expert = Int32(value)
+    key = expert * SMALL_SLOTS + thread
+    keys[thread % 4, thread // 4] = key
+    cute.arch.sync_threads()
+    row = thread
+    if thread < slots:
+        row = Int32(0)
+        for part in cutlass.range(cute.ceil_div(slots, 4), unroll=4):
+            others = cute.make_rmem_tensor(4, Int32)
+            cute.autovec_copy(keys[None, part], others)
+            for i in cutlass.range_constexpr(4):
+                row += Int32(others[i] < key)
+    in_order[row] = key
+    cute.arch.sync_threads()
+
+    row = thread
+    expert, slot = in_order[row] // SMALL_SLOTS, in_order[row] % SMALL_SLOTS
+    before = Int32(-1)
+    if row > 0:
+        before = in_order[row - 1] // SMALL_SLOTS
+    is_valid = expert < experts
+    mask = cute.arch.vote_ballot_sync(expert != before)
+    heads[warp] = Uint32(mask)
+    valids[warp] = Uint32(cute.arch.vote_ballot_sync(is_valid))
+    cute.arch.sync_threads()
+    begin, end, valid = Int32(0), Int32(SMALL_SLOTS), Int32(0)
+    for i in cutlass.range_constexpr(SMALL_WARPS):
+        until, after = heads[i], Uint32(0)
+        if i == warp:
+            until, after = heads[i] & cute.arch.lanemask_le(), heads[i] & cute.arch.lanemask_gt()
+        elif i > warp:
+            until, after = Uint32(0), heads[i]
+        if until != 0:
+            begin = i * 32 + 31 - Int32(cute.arch.clz(until))
+        if (after != 0) & (end == SMALL_SLOTS):
+            end = i * 32 + 31 - Int32(cute.arch.clz(after & (Uint32(0) - after)))
+        valid += Int32(cute.arch.popc(valids[i]))
+    is_leader = is_valid & ((row - begin) % tile_rows == 0)
+    mask = Uint32(cute.arch.vote_ballot_sync(is_leader))
+    leaders[warp] = mask
+    cute.arch.sync_threads()
+    tile, tiles = Int32(cute.arch.popc(mask & cute.arch.lanemask_lt())), Int32(0)
+    for i in cutlass.range_constexpr(SMALL_WARPS):
+        of_warp = Int32(cute.arch.popc(leaders[i]))
+        tiles += of_warp
+        if i < warp:
+            tile += of_warp
+
+    if row < slots:
+        if is_valid:
+            sorted_slots[row] = slot
+            row_of_slot[slot] = row
+            if cutlass.const_expr(has_weights):
+                row_weight[row] = Float32(weights[slot])
+            if cutlass.const_expr(has_token_scale):
+                row_scale[row] = token_scale[slot // top_k]
+        else:
+            sorted_slots[row] = Int32(-1)
+            row_of_slot[slot] = Int32(-1)
+    if is_leader:
+        write_row(schedule, tile + 1, expert, row, cutlass.min(end - row, tile_rows))
+    if thread == 0:
+        write_row(schedule, Int32(0), tiles, valid, Int32(0))
+    index = thread
+    while index < Int32(cute.size(zeroed)):
+        zeroed[index] = Int32(0)
+        index += SMALL_SLOTS
+
+
+@cute.kernel
 def schedule_kernel(
     offsets: cute.Tensor,
     schedule: cute.Tensor,
@@ -321,6 +432,12 @@ def launch_align(
     ctas: cutlass.Constexpr,
     pdl: cutlass.Constexpr,
 ):
+    if cutlass.const_expr(ctas == 0):
+        align_small_kernel(
+            ids, sorted_slots, row_of_slot, schedule, zeroed, weights, row_weight, token_scale, row_scale,
+            experts, top_k, tile_rows, has_weights, has_token_scale, pdl,
+        ).launch(grid=(1, 1, 1), block=(SMALL_SLOTS, 1, 1), stream=stream, use_pdl=pdl)  # fmt: skip
+        return
     align_kernel(
         ids, sorted_slots, row_of_slot, schedule, zeroed, weights, row_weight, token_scale, row_scale,
         experts, top_k, tile_rows, has_weights, has_token_scale, ctas, pdl,
