@@ -1,0 +1,750 @@
+"""Few tokens times packed weights: mma.sync on weights decoded in registers, straight from the checkpoint's layout.
+
+A CTA owns a block of weight rows (and, in a cluster, a part of K). One warp streams codes and block scales through a ring
+in shared memory with TMA, beginning before the activations exist; the others decode them. A step is 256 values of K of
+every row of the block; step ``i`` is the work of the ``row_warps`` warps of group ``i % k_warps``. A stage is what one
+barrier covers: ``stage_steps`` steps, so that a row's scales come in pieces longer than a sector. Stages that different
+groups read lie in slots of their own: a group sees every use of its slots, which is what the parity of a barrier needs.
+
+The order of K inside a step is free as long as both operands agree. Lane ``t`` of a quad owns 32 whole codes, two blocks
+with their two scales, of each 128; activations are stored in that order, eight at a time as (0, 4) (1, 5) (2, 6) (3, 7),
+which is how a word of codes decodes. Rows inside a group of eight are taken in the order 0 4 1 5 2 6 3 7, so that eight
+lanes read eight different banks of the 128-byte swizzle that TMA writes.
+
+In the grouped modes a unit of work is a row block of one expert times the tokens of one tile of a schedule that an earlier
+kernel made, and the CTAs share the units evenly. For SwiGLU half of a block are gate rows, half the matching up rows.
+
+Partial sums of warps and of the CTAs of a cluster are added in a fixed order: the same bits on every run.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint8
+from cutlass.cute.nvgpu import cpasync
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+from dsv4_compile.ops.dispatch.decode_mm import BARRIER_BYTES, MAX_STAGES, STEP_K
+from dsv4_compile.ops.kernels.sm90 import numerics
+from dsv4_compile.ops.kernels.sm90.instructions import (
+    EXPONENTS,
+    add_f32,
+    decode_e2m1x8,
+    decode_two_scales,
+    load_cluster_f32,
+    load_global_f32,
+    load_global_i32,
+    load_global_u16,
+    load_global_v4,
+    load_shared_f32,
+    load_shared_u16,
+    load_shared_v4,
+    mma,
+    multiply_f32,
+    multiply_pair,
+    permute,
+    store_shared_f32,
+    store_shared_v4,
+)
+from dsv4_compile.ops.kernels.sm90.swiglu_quantize_nvfp4 import silu
+
+CODE_BYTES = STEP_K // 2  # of a row's step
+SCALE_BYTES = STEP_K // 16
+CONSUMERS_BARRIER = 1
+OUT_DTYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
+
+
+class DecodeMM:
+    def __init__(self, config):
+        self.config = config
+        self.is_grouped = config.mode != "dense"
+        self.is_swiglu = config.mode == "swiglu"
+        self.slots = config.token_slots
+        self.token_tiles = max(1, config.token_slots // 8)
+        self.block_rows = config.block_rows
+        self.parts = 2 if self.is_swiglu else 1  # gate rows and up rows are loaded apart
+        self.part_rows = self.block_rows // self.parts
+        self.warps = config.row_warps * config.k_warps
+        self.threads = 32 * self.warps
+        self.pitch = self.block_rows + 4  # floats between tokens in the reduction buffer: no bank conflicts
+        self.reduction_bytes = 4 * config.k_warps * self.slots * self.pitch
+        self.stage_scale_bytes = SCALE_BYTES * config.stage_steps  # of a row
+        self.stage_bytes = self.block_rows * (CODE_BYTES * config.stage_steps + self.stage_scale_bytes)
+        # Stages go round the classes of warp groups that read them; a class has slots of its own.
+        self.classes = max(1, config.k_warps // config.stage_steps)
+        self.readers = config.row_warps * min(config.k_warps, config.stage_steps)  # warps a stage
+        # q * s of NVFP4 operands is exact in f16, which is cheaper to decode to; bf16 activations need bf16.
+        self.dtype = "f16" if config.activation == "packed" else "bf16"
+        decoded_operands = 2 if config.activation == "packed" else 1
+        self.correction = 2.0 ** (decoded_operands * EXPONENTS[self.dtype])
+
+    @cute.jit
+    def dense(
+        self,
+        x: cute.Tensor,
+        x_scales: cute.Tensor,
+        row_scale: cute.Tensor,
+        codes: list,
+        scales: list,
+        global_scales: list,
+        bias: cute.Tensor,
+        out: cute.Tensor,
+        num_ctas: Int32,
+        stream,
+    ):
+        maps = [self.tensor_maps(codes[i], scales[i]) for i in range(self.config.num_weights)]
+        self.launch(maps, x, x_scales, row_scale, global_scales, bias, out, num_ctas, stream)
+
+    @cute.jit
+    def grouped(
+        self,
+        x: cute.Tensor,
+        x_scales: cute.Tensor,
+        row_scale: cute.Tensor,
+        sorted_slots: cute.Tensor,
+        schedule: cute.Tensor,
+        codes: cute.Tensor,
+        scales: cute.Tensor,
+        global_scale: cute.Tensor,
+        row_weight: cute.Tensor,
+        partial_amax: cute.Tensor,
+        out: cute.Tensor,
+        top_k: Int32,
+        limit: Float32,
+        num_ctas: Int32,
+        stream,
+    ):
+        maps = [self.tensor_maps(self.experts_last(codes), self.experts_last(scales))]
+        routing = (sorted_slots, schedule, row_weight, partial_amax, top_k, limit)
+        self.launch(maps, x, x_scales, row_scale, [global_scale], None, out, num_ctas, stream, routing)
+
+    def experts_last(self, tensor):
+        """[E, N, C] as [N, C, E]."""
+        return cute.make_tensor(tensor.iterator, cute.select(tensor.layout, mode=[1, 2, 0]))
+
+    def tensor_maps(self, codes, scales):
+        """TMA of a part of a block's rows: a step of codes, and a stage of scales."""
+        code_layout = cute.make_composed_layout(
+            cute.make_swizzle(3, 4, 3), 0, cute.make_layout((self.part_rows, CODE_BYTES), stride=(CODE_BYTES, 1))
+        )
+        width = self.stage_scale_bytes
+        scale_layout = cute.make_composed_layout(
+            self.scale_swizzle(), 0, cute.make_layout((self.part_rows, width), stride=(width, 1))
+        )
+        load = cpasync.CopyBulkTensorTileG2SOp()
+        extra = (1,) if self.is_grouped else ()
+        if self.is_grouped:
+            code_layout = cute.append(code_layout, cute.make_layout(1, stride=0))
+            scale_layout = cute.append(scale_layout, cute.make_layout(1, stride=0))
+        code_map = cpasync.make_tiled_tma_atom(load, codes, code_layout, (self.part_rows, CODE_BYTES, *extra))
+        scale_map = cpasync.make_tiled_tma_atom(
+            load, cute.recast_tensor(scales, Uint8), scale_layout, (self.part_rows, width, *extra)
+        )
+        return code_map[0], code_map[1], scale_map[0], scale_map[1]
+
+    def scale_swizzle(self):
+        """The TMA swizzle with which the scales of eight rows lie in different banks."""
+        return cute.make_swizzle({1: 0, 2: 1, 4: 2}[self.config.stage_steps], 4, 3)
+
+    def launch(self, maps, x, x_scales, row_scale, global_scales, bias, out, num_ctas, stream, routing=None):
+        self.kernel(
+            x,
+            x_scales,
+            row_scale,
+            [m[0] for m in maps],
+            [m[1] for m in maps],
+            [m[2] for m in maps],
+            [m[3] for m in maps],
+            global_scales,
+            bias,
+            out,
+            routing,
+        ).launch(
+            grid=[num_ctas, 1, 1],
+            block=[self.threads + 32, 1, 1],
+            cluster=[self.config.splits, 1, 1],
+            smem=self.config.smem_kib * 1024,
+            stream=stream,
+            use_pdl=True,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        x: cute.Tensor,
+        x_scales: cute.Tensor,
+        row_scale: cute.Tensor,
+        code_atoms: list,
+        code_tensors: list,
+        scale_atoms: list,
+        scale_tensors: list,
+        global_scales: list,
+        bias,
+        out: cute.Tensor,
+        routing,
+    ):
+        config = self.config
+        thread = cute.arch.thread_idx()[0]
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        cta = cute.arch.block_idx()[0]
+        rank = cta % config.splits
+        cluster = cta // config.splits
+        num_clusters = cute.arch.grid_dim()[0] // config.splits
+
+        k = code_tensors[0].shape[1] * 2
+        total_steps = k // STEP_K
+        total_stages = (total_steps + config.stage_steps - 1) // config.stage_steps
+        first_stage = total_stages * rank // config.splits
+        last_stage = total_stages * (rank + 1) // config.splits
+        first_step = first_stage * config.stage_steps
+        steps = cutlass.min(last_stage * config.stage_steps, total_steps) - first_step
+        most_steps = (total_stages + config.splits - 1) // config.splits * config.stage_steps
+
+        # Shared memory: barriers, activations, reduction buffer, ring of stages.
+        base = cute.arch.get_dyn_smem(Uint8, alignment=1024)
+        barriers = cute.recast_ptr(base, dtype=Int64)
+        activations = Int32(base.toint()) + BARRIER_BYTES
+        activation_bytes = most_steps * (STEP_K * 2 * self.slots)
+        reduction = activations + activation_bytes
+        ring_offset = (BARRIER_BYTES + activation_bytes + self.reduction_bytes + 1023) // 1024 * 1024
+        stages = (config.smem_kib * 1024 - ring_offset) // self.stage_bytes
+        class_slots = cutlass.min(stages, MAX_STAGES) // self.classes
+        ring = Int32(base.toint()) + ring_offset  # all code tiles, then all scale tiles
+        scale_ring = ring + class_slots * (self.classes * self.block_rows * CODE_BYTES * config.stage_steps)
+
+        # Row blocks of a tile of tokens: those of all weights one after the other.
+        ends = []
+        blocks = Int32(0)
+        for i in cutlass.range_constexpr(config.num_weights):
+            rows = code_tensors[i].shape[0] // self.parts
+            blocks = blocks + (rows + self.part_rows - 1) // self.part_rows
+            ends.append(blocks)
+
+        cute.arch.griddepcontrol_launch_dependents()
+        if thread == 0:
+            for i in cutlass.range_constexpr(MAX_STAGES):
+                cute.arch.mbarrier_init(barriers + i, 1)
+                cute.arch.mbarrier_init(barriers + MAX_STAGES + i, self.readers)
+            cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+        units = blocks
+        if cutlass.const_expr(self.is_grouped):
+            cute.arch.griddepcontrol_wait()  # the schedule says which weights to read
+            units = blocks * load_global_i32(routing[1].iterator.toint())
+        first_unit = Int32(Int64(units) * cluster // num_clusters)
+        last_unit = Int32(Int64(units) * (cluster + 1) // num_clusters)
+
+        if warp == self.warps:
+            self.produce(
+                code_atoms, code_tensors, scale_atoms, scale_tensors, routing, base, ring_offset, barriers,
+                class_slots, ends, blocks, first_unit, last_unit, first_stage, last_stage - first_stage,
+            )  # fmt: skip
+        else:
+            self.consume(
+                x, x_scales, row_scale, global_scales, code_tensors, bias, out, routing, activations, reduction, ring,
+                scale_ring, barriers, class_slots, ends, blocks, first_unit, last_unit, first_step, steps,
+                last_stage - first_stage, rank, k, thread, warp,
+            )  # fmt: skip
+
+    @cute.jit
+    def produce(
+        self,
+        code_atoms,
+        code_tensors,
+        scale_atoms,
+        scale_tensors,
+        routing,
+        base,
+        ring_offset,
+        barriers,
+        class_slots,
+        ends,
+        blocks,
+        first_unit,
+        last_unit,
+        first_stage,
+        num_stages,
+    ):
+        """One warp: TMA of codes and block scales, a stage at a time."""
+        config = self.config
+        code_bytes = self.block_rows * CODE_BYTES
+        scale_width = self.stage_scale_bytes
+        scale_offset = ring_offset + class_slots * (self.classes * code_bytes * config.stage_steps)
+        code_ring = cute.make_tensor(
+            cute.recast_ptr((base + ring_offset).align(1024), swizzle_=cute.make_swizzle(3, 4, 3), dtype=Uint8),
+            cute.make_layout(
+                (self.part_rows, CODE_BYTES, self.parts, config.stage_steps, MAX_STAGES),
+                stride=(CODE_BYTES, 1, self.part_rows * CODE_BYTES, code_bytes, code_bytes * config.stage_steps),
+            ),
+        )
+        scale_ring = cute.make_tensor(
+            cute.recast_ptr((base + scale_offset).align(1024), swizzle_=self.scale_swizzle(), dtype=Uint8),
+            cute.make_layout(
+                (self.part_rows, scale_width, self.parts, MAX_STAGES),
+                stride=(scale_width, 1, self.part_rows * scale_width, self.block_rows * scale_width),
+            ),
+        )
+        code_sources, scale_sources = [], []
+        for i in cutlass.range_constexpr(config.num_weights):
+            code_sources.append(self.partition(code_atoms[i], code_tensors[i], code_ring, CODE_BYTES))
+            scale_sources.append(self.partition(scale_atoms[i], scale_tensors[i], scale_ring, scale_width))
+
+        loaded = [Int32(0) for _ in range(self.classes)]  # stages of each class so far
+        for unit in cutlass.range(first_unit, last_unit, unroll=1):
+            block = unit
+            expert = Int32(0)
+            if cutlass.const_expr(self.is_grouped):
+                tile = unit // blocks
+                block = unit - tile * blocks
+                expert = load_global_i32(routing[1].iterator.toint() + Int64(tile + 1) * 16)
+            for round_start in cutlass.range(0, num_stages, self.classes, unroll=1):
+                for c in cutlass.range_constexpr(self.classes):
+                    stage = round_start + c
+                    if stage < num_stages:
+                        slot = c * class_slots + loaded[c] % class_slots
+                        # An empty barrier that nobody has completed yet lets the first round pass.
+                        cute.arch.mbarrier_wait(barriers + MAX_STAGES + slot, (loaded[c] // class_slots + 1) % 2)
+                        with cute.arch.elect_one():
+                            cute.arch.mbarrier_arrive_and_expect_tx(barriers + slot, self.stage_bytes)
+                        start = Int32(0)
+                        for i in cutlass.range_constexpr(config.num_weights):
+                            if block >= start and block < ends[i]:
+                                for part in cutlass.range_constexpr(self.parts):
+                                    for step in cutlass.range_constexpr(config.stage_steps):
+                                        self.copy(
+                                            code_atoms[i],
+                                            code_sources[i][part],
+                                            (block - start, (first_stage + stage) * config.stage_steps + step, expert),
+                                            (part, step, slot),
+                                            barriers + slot,
+                                        )
+                                    self.copy(
+                                        scale_atoms[i],
+                                        scale_sources[i][part],
+                                        (block - start, first_stage + stage, expert),
+                                        (part, slot),
+                                        barriers + slot,
+                                    )
+                            start = ends[i]
+                        loaded[c] = loaded[c] + 1
+
+    def partition(self, atom, tensor, ring, width):
+        """What a TMA copies, for each part of a block's rows: (shared, global)."""
+        tiler = (self.part_rows, width, 1) if self.is_grouped else (self.part_rows, width)
+        sources = []
+        for part in range(self.parts):
+            if part > 0:
+                tensor = cute.domain_offset((tensor.shape[0] // 2, 0, 0), tensor)
+            tiles = cute.local_tile(tensor, tiler, (None,) * len(tiler))
+            sources.append(
+                cpasync.tma_partition(
+                    atom,
+                    0,
+                    cute.make_layout(1),
+                    cute.group_modes(ring, 0, 2),
+                    cute.group_modes(tiles, 0, len(tiler)),
+                )
+            )
+        return sources
+
+    def copy(self, atom, source, coordinates, place, barrier):
+        shared, tiles = source
+        if not self.is_grouped:
+            coordinates = coordinates[:2]
+        cute.copy(atom, tiles[(None, *coordinates)], shared[(None, *place)], tma_bar_ptr=barrier)
+
+    @cute.jit
+    def consume(
+        self,
+        x,
+        x_scales,
+        row_scale,
+        global_scales,
+        code_tensors,
+        bias,
+        out,
+        routing,
+        activations,
+        reduction,
+        ring,
+        scale_ring,
+        barriers,
+        class_slots,
+        ends,
+        blocks,
+        first_unit,
+        last_unit,
+        first_step,
+        steps,
+        num_stages,
+        rank,
+        k,
+        thread,
+        warp,
+    ):
+        """All other warps: decode, multiply, reduce, store."""
+        config = self.config
+        first_row, tokens, expert, current = Int32(0), out.shape[0], Int32(0), Int32(-1)
+        first_scales = []
+        if cutlass.const_expr(not self.is_grouped):
+            first_scales = [global_scales[i][0] for i in range(config.num_weights)]  # constants: before the wait
+            cute.arch.griddepcontrol_wait()
+            self.fill(x, x_scales, None, None, activations, first_row, tokens, first_step, steps, k, thread, warp)
+            cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=self.threads)
+        first_row_scale = load_global_f32(row_scale.iterator.toint())
+
+        lane = thread % 32
+        quad, member = lane // 4, lane % 4
+        row_warp, group = warp % config.row_warps, warp // config.row_warps
+        stage_class, first_in_stage = group // config.stage_steps, group % config.stage_steps
+        if cutlass.const_expr(self.classes == 1):
+            stage_class, first_in_stage = Int32(0), group
+        quad_row = quad // 2 + 4 * (quad % 2)  # 0 4 1 5 2 6 3 7
+        row = row_warp * (16 * config.row_tiles) + quad_row
+        # Where the lane's 16 bytes lie in the 128 bytes of its row, for the two halves of a step; and its scales.
+        lane_offsets = [((member + 4 * half) ^ quad_row) * 16 for half in range(2)]
+        scale_turn = quad_row // {1: 8, 2: 4, 4: 2}[config.stage_steps]
+        token = quad % self.slots if cutlass.const_expr(self.slots < 8) else quad
+        token_offset = activations + (token * 4 + member) * 16
+
+        accumulators = cute.make_rmem_tensor((4, self.token_tiles, config.row_tiles), Float32)
+        position = Int32(0)  # stages of this class so far
+        largest = Float32(0.0)
+        for unit in cutlass.range(first_unit, last_unit, unroll=1):
+            block = unit
+            if cutlass.const_expr(self.is_grouped):
+                tile = unit // blocks
+                block = unit - tile * blocks
+                if tile != current:
+                    current = tile
+                    entry = routing[1].iterator.toint() + Int64(tile + 1) * 16
+                    expert = load_global_i32(entry)
+                    first_row = load_global_i32(entry + 4)
+                    tokens = load_global_i32(entry + 8)
+                    self.fill(
+                        x, x_scales, routing[0], routing[4], activations, first_row, tokens, first_step, steps, k,
+                        thread, warp,
+                    )  # fmt: skip
+                    cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=self.threads)
+            accumulators.fill(0.0)
+            for stage in cutlass.range(stage_class, num_stages, self.classes, unroll=1):
+                slot = stage_class * class_slots + position % class_slots
+                cute.arch.mbarrier_wait(barriers + slot, (position // class_slots) % 2)
+                position = position + 1
+                codes = ring + slot * (self.block_rows * CODE_BYTES * config.stage_steps) + row * CODE_BYTES
+                scales = scale_ring + (slot * self.block_rows + row) * self.stage_scale_bytes + member * 2
+                for in_stage in cutlass.range(first_in_stage, config.stage_steps, config.k_warps, unroll=1):
+                    step = stage * config.stage_steps + in_stage
+                    if step < steps:
+                        self.multiply(
+                            accumulators,
+                            codes + in_stage * (self.block_rows * CODE_BYTES),
+                            scales + (in_stage ^ scale_turn) * SCALE_BYTES,
+                            token_offset + step * (STEP_K * 2 * self.slots),
+                            lane_offsets,
+                        )
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive(barriers + MAX_STAGES + slot)
+
+            for n in cutlass.range_constexpr(self.token_tiles):
+                for tile_row in cutlass.range_constexpr(config.row_tiles):
+                    for i in cutlass.range_constexpr(4):
+                        column = n * 8 + member * 2 + i % 2
+                        if column < self.slots:
+                            store_shared_f32(
+                                reduction
+                                + 4 * ((group * self.slots + column) * self.pitch + row + tile_row * 16 + i // 2 * 8),
+                                accumulators[i, n, tile_row],
+                            )
+            self.synchronise()
+            if cutlass.const_expr(self.is_swiglu):
+                largest = self.store_swiglu(
+                    global_scales[0], row_scale, first_row_scale, routing, out, reduction, block, expert, first_row,
+                    tokens, thread, largest,
+                )  # fmt: skip
+            elif cutlass.const_expr(self.is_grouped):
+                self.store_grouped(
+                    global_scales[0], row_scale, first_row_scale, out, reduction, block, code_tensors[0].shape[0],
+                    expert, first_row, tokens, thread,
+                )  # fmt: skip
+            else:
+                start = Int32(0)
+                column = Int32(0)
+                for i in cutlass.range_constexpr(config.num_weights):
+                    rows = code_tensors[i].shape[0]
+                    if block >= start and block < ends[i]:
+                        self.store(
+                            global_scales[i], first_scales[i], row_scale, first_row_scale, bias, out, reduction,
+                            (block - start) * self.block_rows, rows, column, tokens, rank, thread,
+                        )  # fmt: skip
+                    start = ends[i]
+                    column = column + rows
+            self.synchronise()
+        if cutlass.const_expr(self.is_swiglu):
+            self.store_amax(largest, routing[3], reduction, thread, warp)
+
+    def synchronise(self):
+        """All consumers of the CTA, or of the cluster."""
+        if self.config.splits > 1:
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=self.threads)
+
+    def multiply(self, accumulators, codes, scales, columns_address, lane_offsets):
+        """One step: 256 values of K of this warp's rows times all tokens."""
+        config = self.config
+        for half in range(2):
+            words, factors = [], []
+            for tile in range(2 * config.row_tiles):  # eight rows each
+                words.append(load_shared_v4(codes + (tile * 8 * CODE_BYTES) + lane_offsets[half]))
+                offset = tile * 8 * SCALE_BYTES * config.stage_steps + half * 8
+                factors.append(decode_two_scales(load_shared_u16(scales + offset), self.dtype))
+            for j in range(4):
+                address = columns_address + (half * 4 + j) * (64 * self.slots)
+                columns = [load_shared_v4(address + n * 512) for n in range(self.token_tiles)]
+                for tile in range(config.row_tiles):
+                    low = self.scaled(words[2 * tile][j], factors[2 * tile][j // 2])
+                    high = self.scaled(words[2 * tile + 1][j], factors[2 * tile + 1][j // 2])
+                    for n in range(self.token_tiles):
+                        c = [accumulators[i, n, tile] for i in range(4)]
+                        for p in range(2):
+                            rows = (low[2 * p], high[2 * p], low[2 * p + 1], high[2 * p + 1])
+                            c = mma(c, rows, (columns[n][2 * p], columns[n][2 * p + 1]), self.dtype)
+                        for i in range(4):
+                            accumulators[i, n, tile] = c[i]
+
+    @cute.jit
+    def store(
+        self,
+        global_scale,
+        first_scale,
+        row_scale,
+        first_row_scale,
+        bias,
+        out,
+        reduction,
+        first_row,
+        rows,
+        first_column,
+        tokens,
+        rank,
+        thread,
+    ):
+        """Adds the partial sums of a block of rows, those of each CTA of a cluster a part of the rows, and stores them."""
+        config = self.config
+        part = self.block_rows // config.splits
+        segments = global_scale.shape[0]
+        segment_rows = rows // segments
+        for index in cutlass.range(thread, tokens * part, self.threads, unroll=1):
+            token = index // part
+            local = index % part + rank * part
+            row = first_row + local
+            if row < rows:
+                weight_scale = first_scale
+                if segments > 1:
+                    weight_scale = global_scale[row // segment_rows]
+                alpha = multiply_f32(self.scale_of_row(row_scale, first_row_scale, token), weight_scale)
+                value = multiply_f32(self.total(reduction, token, local), alpha)
+                if cutlass.const_expr(config.has_bias):
+                    value = add_f32(value, bias[first_column + row].to(Float32))
+                out[token, first_column + row] = value.to(OUT_DTYPES[config.out_dtype])
+
+    @cute.jit
+    def store_grouped(
+        self, global_scale, row_scale, first_row_scale, out, reduction, block, rows, expert, first_row, tokens, thread
+    ):
+        """As :meth:`store`, for the rows of a tile and the weight of an expert."""
+        segment_rows = rows // global_scale.shape[1]
+        for index in cutlass.range(thread, tokens * self.block_rows, self.threads, unroll=1):
+            token = index // self.block_rows
+            local = index % self.block_rows
+            row = block * self.block_rows + local
+            if row < rows:
+                scale = self.scale_of_row(row_scale, first_row_scale, first_row + token)
+                alpha = multiply_f32(scale, global_scale[expert, row // segment_rows])
+                value = multiply_f32(self.total(reduction, token, local), alpha)
+                out[first_row + token, row] = value.to(OUT_DTYPES[self.config.out_dtype])
+
+    @cute.jit
+    def store_swiglu(
+        self,
+        global_scale,
+        row_scale,
+        first_row_scale,
+        routing,
+        out,
+        reduction,
+        block,
+        expert,
+        first_row,
+        tokens,
+        thread,
+        largest,
+    ):
+        """``silu(min(gate, L)) * clamp(up, -L, L)`` of a block's gate and up rows; returns the largest finite result."""
+        dtype = OUT_DTYPES[self.config.out_dtype]
+        limit = routing[5]
+        gate_scale = global_scale[expert, 0]
+        up_scale = global_scale[expert, global_scale.shape[1] - 1]
+        for index in cutlass.range(thread, tokens * self.part_rows, self.threads, unroll=1):
+            token = index // self.part_rows
+            local = index % self.part_rows
+            column = block * self.part_rows + local
+            if column < out.shape[1]:
+                scale = self.scale_of_row(row_scale, first_row_scale, first_row + token)
+                gate = multiply_f32(self.total(reduction, token, local), multiply_f32(scale, gate_scale))
+                up = multiply_f32(
+                    self.total(reduction, token, self.part_rows + local), multiply_f32(scale, up_scale)
+                )
+                up = numerics.smaller_or_nan(numerics.larger_or_nan(up, numerics.negate(limit)), limit)
+                value = multiply_f32(silu(numerics.smaller_or_nan(gate, limit)), up)
+                if cutlass.const_expr(self.config.has_row_weight):
+                    value = multiply_f32(value, load_global_f32(routing[2].iterator.toint() + (first_row + token) * 4))
+                rounded = value.to(dtype)
+                out[first_row + token, column] = rounded
+                magnitude = numerics.absolute(rounded.to(Float32))
+                if magnitude < Float32(float("inf")):
+                    largest = numerics.larger(largest, magnitude)
+        return largest
+
+    @cute.jit
+    def store_amax(self, largest, partial_amax, reduction, thread, warp):
+        """The largest of all consumer threads to this CTA's element."""
+        of_warp = numerics.from_bits(numerics.largest_of_warp(numerics.bits(largest)))  # not negative: bits order as values
+        if thread % 32 == 0:
+            store_shared_f32(reduction + warp * 4, of_warp)
+        cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=self.threads)
+        if thread == 0:
+            for i in cutlass.range_constexpr(self.warps):
+                of_warp = numerics.larger(of_warp, load_shared_f32(reduction + i * 4))
+            partial_amax[cute.arch.block_idx()[0]] = of_warp
+
+    @cute.jit
+    def scale_of_row(self, row_scale, first_row_scale, row):
+        """The activation's global scale of a row: one a row, or one for all."""
+        scale = first_row_scale
+        if row_scale.shape[0] > 1:
+            scale = load_global_f32(row_scale.iterator.toint() + Int64(row) * 4)
+        return scale
+
+    def total(self, reduction, token, local):
+        """The partial sums of a token and a row of the block, added in order, without the powers of two of decoding."""
+        total = Float32(0.0)
+        address = reduction + 4 * (token * self.pitch + local)
+        for peer in range(self.config.splits):
+            for k_warp in range(self.config.k_warps):
+                place = address + 4 * k_warp * self.slots * self.pitch
+                if self.config.splits > 1:
+                    total = add_f32(total, load_cluster_f32(place, Int32(peer)))
+                else:
+                    total = add_f32(total, load_shared_f32(place))
+        return multiply_f32(total, Float32(self.correction))
+
+    def scaled(self, word, factor):
+        """A word of eight codes times their block scale, as four registers of two values."""
+        return [multiply_pair(pair, factor, self.dtype) for pair in decode_e2m1x8(word, self.dtype)]
+
+    @cute.jit
+    def fill(
+        self, x, x_scales, sorted_slots, top_k, activations, first_row, tokens, first_step, steps, k, thread, warp
+    ):
+        """Activations of this CTA's part of K to shared memory, in the order in which the weights decode.
+
+        A warp moves 1024 values of a token at a time, 32 a lane, with the loads of several such pieces under way before
+        the first is used.
+        """
+        config = self.config
+        lane = thread % 32
+        chunks = steps * (STEP_K // 32)
+        pieces = (chunks + 31) // 32  # of a token
+        total = tokens * pieces
+        batch = max(1, min(8, config.token_slots // 2)) if config.activation == "packed" else 2
+        words_per_chunk = 4 if config.activation == "packed" else 16
+        loaded = cute.make_rmem_tensor((words_per_chunk, batch), Int32)
+        scales = cute.make_rmem_tensor((batch,), Int32)
+        for start in cutlass.range(warp, total, self.warps * batch, unroll=1):
+            for i in cutlass.range_constexpr(batch):
+                piece = start + i * self.warps
+                token = piece // pieces
+                chunk = piece % pieces * 32 + lane
+                if piece < total and chunk < chunks:
+                    source_row = first_row + token
+                    if cutlass.const_expr(config.has_gather):
+                        source_row = load_global_i32(sorted_slots.iterator.toint() + Int64(source_row) * 4) // top_k
+                    source = Int64(source_row) * k + (first_step * STEP_K + chunk * 32)
+                    if cutlass.const_expr(config.activation == "packed"):
+                        self.load_words(loaded, 0, i, x.iterator.toint() + source // 2)
+                        scales[i] = load_global_u16(x_scales.iterator.toint() + source // 16)
+                    else:
+                        for j in cutlass.range_constexpr(4):
+                            self.load_words(loaded, 4 * j, i, x.iterator.toint() + 2 * source + 16 * j)
+            for i in cutlass.range_constexpr(batch):
+                piece = start + i * self.warps
+                token = piece // pieces
+                chunk = piece % pieces * 32 + lane
+                if piece < total and chunk < chunks:
+                    target = activations + (chunk // 4) * (256 * self.slots) + (token * 4 + chunk % 4) * 16
+                    if cutlass.const_expr(config.activation == "packed"):
+                        factors = decode_two_scales(scales[i], self.dtype)
+                        for j in cutlass.range_constexpr(4):
+                            store_shared_v4(
+                                target + j * (64 * self.slots), *self.scaled(loaded[j, i], factors[j // 2])
+                            )
+                    else:
+                        low, high = Int32(0x5410), Int32(0x7632)
+                        for j in cutlass.range_constexpr(4):
+                            w0, w1, w2, w3 = [loaded[4 * j + word, i] for word in range(4)]
+                            store_shared_v4(
+                                target + j * (64 * self.slots),
+                                permute(w0, w2, low),
+                                permute(w0, w2, high),
+                                permute(w1, w3, low),
+                                permute(w1, w3, high),
+                            )
+
+    def load_words(self, loaded, first, column, address):
+        for word, value in enumerate(load_global_v4(address)):
+            loaded[first + word, column] = value
+
+
+def build(config):
+    """The jit function of a configuration and fake arguments: see :class:`Config` in ``ops/dispatch/decode_mm.py``."""
+
+    def integer(divisibility=1):
+        return cute.sym_int32(divisibility=divisibility)
+
+    def vector(dtype):
+        return make_fake_tensor(dtype, (integer(),), (1,), assumed_align=4)
+
+    tokens, x_rows = integer(), integer()
+    k, half_k, blocks_k = integer(STEP_K), integer(CODE_BYTES), integer(SCALE_BYTES)
+    if config.activation == "packed":
+        x = make_fake_tensor(Uint8, (x_rows, half_k), (half_k, 1), assumed_align=16)
+    else:
+        x = make_fake_tensor(BFloat16, (x_rows, k), (k, 1), assumed_align=16)
+    x_scales = make_fake_tensor(cutlass.Float8E4M3FN, (integer(), blocks_k), (blocks_k, 1), assumed_align=2)
+    out_stride = cute.sym_int64()
+    out = make_fake_tensor(OUT_DTYPES[config.out_dtype], (tokens, integer()), (out_stride, 1), assumed_align=2)
+    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
+    kernel = DecodeMM(config)
+    if config.mode == "dense":
+        codes, scales, global_scales = [], [], []
+        for _ in range(config.num_weights):
+            rows = integer()
+            codes.append(make_fake_tensor(Uint8, (rows, half_k), (half_k, 1), assumed_align=16))
+            scales.append(make_fake_tensor(cutlass.Float8E4M3FN, (rows, blocks_k), (blocks_k, 1), assumed_align=16))
+            global_scales.append(vector(Float32))
+        arguments = (x, x_scales, vector(Float32), codes, scales, global_scales, vector(Float32), out)
+        return kernel.dense, (*arguments, Int32(1), stream)
+    experts, rows, segments = integer(), integer(), integer()
+    code_stride, scale_stride = cute.sym_int64(divisibility=16), cute.sym_int64(divisibility=16)
+    codes = make_fake_tensor(Uint8, (experts, rows, half_k), (code_stride, half_k, 1), assumed_align=16)
+    scales = make_fake_tensor(
+        cutlass.Float8E4M3FN, (experts, rows, blocks_k), (scale_stride, blocks_k, 1), assumed_align=16
+    )
+    global_scale = make_fake_tensor(Float32, (experts, segments), (segments, 1), assumed_align=4)
+    schedule = make_fake_tensor(Int32, (integer(), 4), (4, 1), assumed_align=4)
+    arguments = (x, x_scales, vector(Float32), vector(Int32), schedule, codes, scales, global_scale)
+    routing = (vector(Float32), vector(Float32), out, Int32(1), Float32(0.0), Int32(1))
+    return kernel.grouped, (*arguments, *routing, stream)
