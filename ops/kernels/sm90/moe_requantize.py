@@ -117,8 +117,9 @@ def store_vector(address: Int64, words: cute.Tensor, is_valid):
 def maximum_of_block(word: Uint32, partial: cute.Tensor) -> Uint32:
     """The largest word of the CTA, known to all threads; ``partial`` [WARPS] in shared memory."""
     word = cute.arch.warp_redux_sync(word, "max")
+    warp = cute.arch.warp_idx()  # a shuffle: not where lanes diverge
     if cute.arch.lane_idx() == 0:
-        partial[cute.arch.warp_idx()] = word
+        partial[warp] = word
     cute.arch.sync_threads()
     result = partial[0]
     for i in cutlass.range_constexpr(1, WARPS):
