@@ -44,8 +44,9 @@ BARRIER_BYTES = 1024
 MAX_WEIGHT_STAGES, MAX_ACTIVATION_STAGES = 8, 12
 OUT_DTYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
 
-CONSUMER_REGISTERS = {(1, 1): 240, (2, 1): 112, (1, 2): 120}  # by CTAs a multiprocessor and k groups
+PRODUCER_THREADS = 128
 PRODUCER_REGISTERS = 24
+REGISTERS = 64 * 1024  # of a multiprocessor
 
 
 class WgmmaW4:
@@ -57,6 +58,12 @@ class WgmmaW4:
         self.cluster = config.multicast * config.splits
         self.epilogue = Epilogue(config)
         self.consumer_warps = CONSUMER_WARPS * config.k_groups
+        # A CTA shares out what its threads got at the launch, no more: setmaxnreg waits for registers that are free.
+        consumers = 32 * self.consumer_warps
+        self.threads = consumers + PRODUCER_THREADS
+        launch_registers = REGISTERS // config.ctas_per_sm // self.threads // 8 * 8
+        spare = launch_registers * self.threads - PRODUCER_REGISTERS * PRODUCER_THREADS
+        self.consumer_registers = min(240, spare // consumers // 8 * 8)
         self.group = config.group
         self.groups = STEP_K // 16 // self.group  # a step of K
         self.load_tokens = self.tokens // config.multicast  # that one CTA loads
@@ -201,7 +208,7 @@ class WgmmaW4:
             limit,
         ).launch(
             grid=[num_ctas // self.cluster * self.cluster, 1, 1],
-            block=[32 * self.consumer_warps + 128, 1, 1],
+            block=[self.threads, 1, 1],
             cluster=[self.cluster, 1, 1],
             smem=self.shared_bytes,
             min_blocks_per_mp=config.ctas_per_sm,
@@ -289,7 +296,7 @@ class WgmmaW4:
                     num_clusters, rank, out,
                 )  # fmt: skip
         else:
-            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[config.ctas_per_sm, config.k_groups])
+            cute.arch.setmaxregister_increase(self.consumer_registers)
             self.consume(
                 mma, code_tensors, row_scale, global_scales, schedule, bias, row_weight, partial_amax, out, limit, base,
                 weight_full, weight_empty, x_full, x_empty, split_barriers, block_ends, stages, cluster_id,
