@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsv4_compile.ops.kernels import cache
-from dsv4_compile.ops.kernels.device import sm_count
+from dsv4_compile.ops.kernels.device import HOPPER_SM_COUNT, sm_count
 
 STAGE_K = 256  # K % STAGE_K == 0: a stage of block scales is 16 bytes a row, the least that TMA copies
 BLOCK_ROWS = 128  # weight rows a CTA
@@ -69,10 +69,23 @@ def is_mappable(*tensors: Tensor) -> bool:
     )
 
 
-def num_clusters(config: Config, like: Tensor) -> int:
+def num_clusters(config: Config, like: Tensor | None = None) -> int:
     """Clusters that a device holds at once: those of four or more do not fill processor clusters of 18."""
-    ctas = sm_count(like) * config.ctas_per_sm
+    ctas = (HOPPER_SM_COUNT if like is None else sm_count(like)) * config.ctas_per_sm
     return ctas // (4 * config.cluster) * 4 if config.cluster >= 4 else ctas // config.cluster
+
+
+def num_tiles(config: Config, tokens: int, weight_rows: Sequence[int]) -> int:
+    """Tiles of a dense product, each the work of a cluster."""
+    rows = BLOCK_ROWS * config.multicast
+    return sum(-(-n // rows) for n in weight_rows) * -(-tokens // config.tile_tokens)
+
+
+def fits(config: Config, tokens: int, weight_rows: Sequence[int], like: Tensor | None = None) -> bool:
+    """Whether a variant takes a shape: with 256 tokens a split leaves room for one tile a cluster only."""
+    if config.splits == 1 or config.tile_tokens < TILE_TOKENS[-1]:
+        return True
+    return num_tiles(config, tokens, weight_rows) <= num_clusters(config, like)
 
 
 def launch_dense(
@@ -96,8 +109,9 @@ def launch_dense(
         bias: fp32 [sum N_i] or None.
         out: [M, sum N_i], unit stride along the columns, rows and base at multiples of 16 bytes.
     """
-    rows = BLOCK_ROWS * config.multicast
-    tiles = sum(-(-weight.shape[0] // rows) for weight in codes) * -(-x.shape[0] // config.tile_tokens)
+    weight_rows = [weight.shape[0] for weight in codes]
+    assert fits(config, x.shape[0], weight_rows, x)
+    tiles = num_tiles(config, x.shape[0], weight_rows)
     unused = global_scales[0]  # stands for an absent argument
     cache.kernel("sm90.wgmma_w4", config)(
         x,

@@ -293,20 +293,22 @@ class Epilogue:
         return numerics.select(x < -numerics.EXP_LIMIT, multiply(x, 0.0), quotient)
 
     @cute.jit
-    def store_amax(self, largest, partial_amax, base, offset: cutlass.Constexpr, thread, warp):
-        """The largest of all consumer threads to this CTA's element."""
-        for shift in cutlass.range_constexpr(5):
-            largest = numerics.larger(largest, cute.arch.shuffle_sync_bfly(largest, 1 << shift))
-        address = Int32(base.toint()) + offset
-        cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=32 * CONSUMER_WARPS)
-        if thread % 32 == 0:
-            store_shared_f32(address + warp * 4, 0, largest)
-        cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=32 * CONSUMER_WARPS)
-        if thread == 0:
-            for i in cutlass.range_constexpr(CONSUMER_WARPS // 2):
-                a, b = load_shared_f32x2(address, 8 * i)
-                largest = numerics.larger(largest, numerics.larger(a, b))
-            partial_amax[cute.arch.block_idx()[0]] = largest
+    def store_amax(self, largest, partial_amax, base, offset: cutlass.Constexpr, k_group, thread, warp):
+        """The largest of all threads that stored, those of the first k group, to this CTA's element."""
+        if k_group == 0:
+            for shift in cutlass.range_constexpr(5):
+                largest = numerics.larger(largest, cute.arch.shuffle_sync_bfly(largest, 1 << shift))
+            address = Int32(base.toint()) + offset
+            cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=32 * CONSUMER_WARPS)
+            if thread % 32 == 0:
+                store_shared_f32(address + warp * 4, 0, largest)
+            cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=32 * CONSUMER_WARPS)
+            if thread == 0:
+                for i in cutlass.range_constexpr(CONSUMER_WARPS // 2):
+                    a, b = load_shared_f32x2(address, 8 * i)
+                    largest = numerics.larger(largest, numerics.larger(a, b))
+                cute.arch.griddepcontrol_wait()
+                partial_amax[cute.arch.block_idx()[0]] = largest
 
     @cute.jit
     def store_split(

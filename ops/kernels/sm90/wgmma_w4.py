@@ -581,9 +581,7 @@ class WgmmaW4:
                 )  # fmt: skip
             tile_count = tile_count + 1
         if cutlass.const_expr(config.has_amax):
-            if k_group == 0:  # noqa: SIM102
-                cute.arch.griddepcontrol_wait()
-                self.epilogue.store_amax(largest, partial_amax, base, self.epilogue_offset, thread, warp)
+            self.epilogue.store_amax(largest, partial_amax, base, self.epilogue_offset, k_group, thread, warp)
 
     @cute.jit
     def finish(
