@@ -172,16 +172,17 @@ def permute(a, b, selector, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def multiply_word(a, constant, *, loc=None, ip=None):
-    """The low word of a product; kept a multiplication, which runs beside the logic operations that follow."""
-    return Int32(_asm(T.i32(), _i32([a, constant], loc, ip), "mul.lo.u32 $0, $1, $2;", "=r,r,n", False, loc, ip))
+def repeat_half(word, half, *, loc=None, ip=None):
+    """One half of a word twice; written so that it becomes a modifier of the multiplication that reads it."""
+    twice = "{b, b}" if half else "{a, a}"
+    text = "{ .reg .b16 a, b; mov.b32 {a, b}, $1; mov.b32 $0, " + twice + "; }"
+    return Int32(_asm(T.i32(), _i32([word], loc, ip), text, "=r,r", False, loc, ip))
 
 
 @dsl_user_op
-def multiply_add_word(a, constant, addend, *, loc=None, ip=None):
-    """The low word of ``a * constant + addend``."""
-    operands = _i32([a, constant, addend], loc, ip)
-    return Int32(_asm(T.i32(), operands, "mad.lo.u32 $0, $1, $2, $3;", "=r,r,n,r", False, loc, ip))
+def multiply_word(a, constant, *, loc=None, ip=None):
+    """The low word of a product; kept a multiplication, which runs beside the logic operations that follow."""
+    return Int32(_asm(T.i32(), _i32([a, constant], loc, ip), "mul.lo.u32 $0, $1, $2;", "=r,r,n", False, loc, ip))
 
 
 def decode_byte(byte, factor):
@@ -195,13 +196,17 @@ def decode_byte(byte, factor):
 
 
 def scale_pair(word, half):
-    """The e4m3 bytes 2 half and 2 half + 1 of a word to two bf16x2 words of ``scale * 2^112`` twice each; NaN stays.
+    """The e4m3 bytes 2 half and 2 half + 1 of a word to two bf16x2 words of ``scale * 2^112`` twice each.
 
-    A byte times 16 is the scale times 2^-120 as bf16, subnormal scales included. 0x7F comes out as 480 * 2^112, whose
-    exponent lacks one bit of all ones; 8 * 0x7F + 8 is just that bit.
+    A byte times 16 is the scale times 2^-120 as bf16, subnormal scales included. 0x7F, NaN, comes out as 480: see
+    :func:`nan_flags`.
     """
     spread = permute(word, Int32(0), Int32(0x4140 if half == 0 else 0x4342))
     power = Int32(0x79807980)  # 2^116 twice
     both = multiply_bf16x2(multiply_bf16x2(multiply_word(spread, 16), power), power)
-    both = both | (multiply_add_word(spread, 8, Int32(0x00080008)) & Int32(0x04000400))
-    return permute(both, both, Int32(0x1010)), permute(both, both, Int32(0x3232))
+    return repeat_half(both, 0), repeat_half(both, 1)
+
+
+def nan_flags(word):
+    """Bit 7 of each byte that is 0x7F, the NaN of e4m3, for four bytes without signs."""
+    return (word + Int32(0x01010101)) & Int32(-0x7F7F7F80)

@@ -27,6 +27,7 @@ from dsv4_compile.ops.kernels.sm90.wgmma_instructions import (
     load_shared_byte,
     load_shared_v4,
     load_shared_word,
+    nan_flags,
     scale_pair,
 )
 
@@ -524,12 +525,16 @@ class WgmmaW4:
             block, first, count, expert = self.tile(index, schedule, block_ends, out)
             accumulators.fill(0.0)
             last_slot = Int32(0)
+            nan_low, nan_high = Int32(0), Int32(0)
             for stage in cutlass.range(stages, unroll=1):
                 cute.arch.mbarrier_wait(weight_full + weight_slot, weight_phase)
                 codes = code_lane + weight_slot * (BLOCK_ROWS * CODE_BYTES)
                 scales = scale_lane + weight_slot * (BLOCK_ROWS * SCALE_BYTES)
                 scale_words = [self.load_scales(scales + i * second * SCALE_BYTES) for i in range(2)]
                 nibbles = self.load_codes(codes, 0, second)
+                for word in cutlass.range_constexpr(STEPS // config.k_groups):
+                    nan_low = nan_low | nan_flags(scale_words[0][word])
+                    nan_high = nan_high | nan_flags(scale_words[1][word])
                 for step in cutlass.range_constexpr(STEPS // config.k_groups):
                     for group in cutlass.range_constexpr(self.groups):
                         position = step * self.groups + group
@@ -571,6 +576,7 @@ class WgmmaW4:
             warpgroup.wait_group(0)
             if stages > 0:
                 self.release(x_empty + last_slot, rank)
+            self.spread_nan(accumulators, nan_low, nan_high)
 
             if cutlass.const_expr(config.k_groups > 1):
                 self.epilogue.exchange(accumulators, base, self.exchange_offset, k_group, thread, tile_count)
@@ -621,6 +627,15 @@ class WgmmaW4:
             largest,
         )  # fmt: skip
         return largest
+
+    @cute.jit
+    def spread_nan(self, accumulators, nan_low, nan_high):
+        """A weight row with a NaN block scale, which was decoded as 480, is NaN."""
+        if (nan_low | nan_high) != 0:
+            for j in cutlass.range_constexpr(self.tokens // 8):
+                for i in cutlass.range_constexpr(4):
+                    if (nan_low if cutlass.const_expr(i < 2) else nan_high) != 0:
+                        accumulators[4 * j + i] = Float32(float("nan"))
 
     def load_codes(self, codes, position, second):
         """The lane's bytes of a group of k16 steps: for each step rows (g, g + 8) of k 2t, then of k 2t + 8."""
