@@ -41,7 +41,7 @@ def on_gpu(op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
 
 def bytes_of(x: Tensor) -> Tensor:
     """The bytes of a tensor's elements in logical order."""
-    return x.contiguous().view(-1).view(torch.uint8)
+    return x.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
 
 
 def _move(x: Tensor) -> Tensor:

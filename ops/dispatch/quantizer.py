@@ -16,15 +16,18 @@ from dsv4_compile.ops.registration import allocate_packed
 
 CTA_THREADS = 512  # of the kernels that own rows or look for a maximum
 FLAT_THREADS = 256
-UNROLL = 2  # blocks a thread has in flight
 MAX_PARTIALS = 288  # two CTAs on each of 144 multiprocessors
-CLUSTER = 8
+AMAX_CTAS_PER_SM = 2
+FLAT_CTAS_PER_SM = 4
+# (CTAs of a cluster, rows a thread holds): the first that holds all rows is one launch.
+ONE_LAUNCH = ((1, 1), (8, 1), (16, 1), (16, 2))
 ALIGNMENT = 16  # bytes
 
 # (blocks a row, threads a row, blocks a thread): the first that holds the row.
 ROW_SHAPES = ((64, 64, 1), (128, 128, 1), (256, 128, 2), (512, 256, 2), (1024, 512, 2), (2048, 512, 4))
 MAX_ROW_BLOCKS = ROW_SHAPES[-1][0]
 MAX_HELD_BLOCKS = {torch.bfloat16: 8, torch.float16: 8, torch.float32: 4}  # that a thread's registers hold
+UNROLL = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 1}
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,15 @@ class RowsConfig:
 
 @dataclass(frozen=True)
 class AmaxConfig:
-    """First of two launches: one maximum a CTA."""
+    """First of two launches: one maximum a CTA.
+
+    Attributes:
+        dtype, pdl: as of :class:`RowsConfig`.
+        unroll: blocks a thread loads at a time, while it works on as many.
+    """
 
     dtype: str
+    unroll: int
     pdl: bool = True
 
 
@@ -70,10 +79,12 @@ class FlatConfig:
 
     Attributes:
         dtype, weight, pdl: as of :class:`RowsConfig`.
+        unroll: as of :class:`AmaxConfig`.
         early: the input was written before the first of the two launches, so that it can be read before that ends.
     """
 
     dtype: str
+    unroll: int
     weight: str | None = None
     early: bool = True
     pdl: bool = True
@@ -88,6 +99,7 @@ class Source:
         first: see :func:`as_rows`.
         second: like it, with the same leading sizes, or the weight [K].
         held: blocks that a thread's registers hold.
+        unroll: blocks that a thread loads at a time where it works through many.
         scalar: limit or eps.
         weight: dtype of the weight, or None.
         has_statistic: the operator needs each row as a whole.
@@ -97,6 +109,7 @@ class Source:
     first: Operand
     second: Operand
     held: int
+    unroll: int
     scalar: float = 0.0
     weight: str | None = None
     has_statistic: bool = False
@@ -228,7 +241,7 @@ def _one_launch(source: Source, base: RowsConfig, rows: int, row_blocks: int, gr
         return None
     threads, blocks = row_shape(source, row_blocks)
     at_once = CTA_THREADS // threads
-    for cluster, held_rows in ((1, 1), (CLUSTER, 1), (CLUSTER, 2), (CLUSTER, 4)):
+    for cluster, held_rows in ONE_LAUNCH:
         if rows <= cluster * at_once * held_rows and blocks * held_rows <= source.held:
             return replace(base, threads=threads, blocks=blocks, rows=held_rows, cluster=cluster)
     return None
@@ -245,7 +258,7 @@ def _two_launches(
 ) -> None:
     num_blocks = rows * row_blocks
     sms = sm_count(norm_out)
-    most = min(MAX_PARTIALS, 2 * sms)
+    most = min(MAX_PARTIALS, AMAX_CTAS_PER_SM * sms)
     row_division = division.magic(row_blocks)
     factors = norm_out.new_empty((rows if source.has_statistic else 0,), dtype=torch.float32)
     if source.has_statistic:
@@ -255,17 +268,17 @@ def _two_launches(
         kernel = cache.kernel(source.kernel, replace(base, threads=threads, blocks=blocks, is_partial=True))
         kernel(*source.tensors, partials, factors, norm_out, rows, ctas, row_blocks, *source.geometry, source.scalar)
     else:
-        ctas = min(most, math.ceil(num_blocks / (CTA_THREADS * UNROLL)))
+        ctas = min(most, math.ceil(num_blocks / (CTA_THREADS * source.unroll)))
         partials = norm_out.new_empty((ctas,), dtype=torch.float32)
-        kernel = cache.kernel(source.kernel, AmaxConfig(base.dtype))
+        kernel = cache.kernel(source.kernel, AmaxConfig(base.dtype, source.unroll))
         kernel(*source.tensors, partials, num_blocks, ctas, row_blocks, *row_division, *source.geometry, source.scalar)
-    flat_ctas = min(4 * sms, math.ceil(num_blocks / (FLAT_THREADS * UNROLL)))
+    flat_ctas = min(FLAT_CTAS_PER_SM * sms, math.ceil(num_blocks / (FLAT_THREADS * source.unroll)))
     if base.norm:  # quantise what the first launch wrote
-        kernel = cache.kernel("sm90.quantize_nvfp4", FlatConfig(base.dtype, early=False))
+        kernel = cache.kernel("sm90.quantize_nvfp4", FlatConfig(base.dtype, source.unroll, early=False))
         operand = as_rows(norm_out.view(rows, -1))
         source = replace(source, first=operand, second=operand)
     else:
-        kernel = cache.kernel(source.kernel, FlatConfig(base.dtype, base.weight))
+        kernel = cache.kernel(source.kernel, FlatConfig(base.dtype, source.unroll, base.weight))
     kernel(
         *source.tensors, partials, factors, *flat, num_blocks, ctas, flat_ctas, row_blocks, *row_division,
         *source.geometry, source.scalar, is_pow2,

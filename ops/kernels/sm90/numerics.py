@@ -122,6 +122,16 @@ def reciprocal(a):
     return _unary("rcp.rn.f32", a)
 
 
+def exp2_about(a):
+    """2^a within 2 units in the last place."""
+    return _unary("ex2.approx.f32", a)
+
+
+def reciprocal_about(a):
+    """1 / a within a unit in the last place; what underflows is 0."""
+    return _unary("rcp.approx.ftz.f32", a)
+
+
 @dsl_user_op
 def fused_multiply_add(a, b, c, *, loc=None, ip=None):
     """``a b + c`` rounded once: only where the product is exact."""
@@ -303,6 +313,12 @@ def store_words(address, words, *, loc=None, ip=None):
     vector = "" if count == 1 else f".v{count}"
     target = registers if count == 1 else f"{{{registers}}}"
     _asm(None, operands, f"st.global{vector}.b32 [$0], {target};", "l" + ",r" * count, loc, ip, True)
+
+
+@dsl_user_op
+def raise_shared(address, word, *, loc=None, ip=None):
+    """Makes a word in shared memory the larger of itself and another one."""
+    _asm(None, _u32([address, word], loc, ip), "red.shared.max.u32 [$0], $1;", "r,r", loc, ip, True)
 
 
 @dsl_user_op

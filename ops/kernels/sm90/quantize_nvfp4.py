@@ -3,6 +3,7 @@
 from cutlass import Int64
 
 from dsv4_compile.ops.kernels.sm90 import blocks, quantizer
+from dsv4_compile.ops.kernels.sm90 import numerics as nm
 
 
 class Tensor:
@@ -20,6 +21,9 @@ class Tensor:
 
     def prepare(self, inputs, raw, factor, column):
         return raw
+
+    def top(self, raw, at, inputs, largest, known):
+        return nm.larger_u32(largest, blocks.finite_amax(raw, at, self.kept_dtype))
 
 
 def build(config):

@@ -10,9 +10,11 @@ A source is an object with
 
 - ``raw_words``, ``kept_dtype``: registers that a block takes as loaded, and the dtype it is quantised in;
 - ``load(inputs, row, column)``: the words of one block as loaded;
-- ``prepare(inputs, raw, factor)``: from those, the block that is quantised;
-- ``has_statistic``: whether the whole row determines a factor: ``row_sum(raw, total)`` adds a block to an fp64 sum,
-  ``factor(inputs, total)`` makes the factor of it, and flat passes read it from memory.
+- ``prepare(inputs, raw, factor, column)``: from those, the block that is quantised;
+- ``top(raw, at, inputs, largest, known)``: the larger of ``largest`` and the largest finite magnitude of the block
+  whose words start at ``at``, as bits; ``known`` is shared by the CTA, see SwiGlu;
+- ``has_statistic``: whether the whole row determines a factor: ``row_sum(raw, totals)`` adds a block to some fp64
+  sums, ``factor(inputs, total)`` makes the factor of their sum, and flat passes read it from memory.
 """
 
 from dataclasses import dataclass
@@ -26,7 +28,6 @@ from dsv4_compile.ops.dispatch.quantizer import (
     CTA_THREADS,
     FLAT_THREADS,
     MAX_PARTIALS,
-    UNROLL,
     AmaxConfig,
     FlatConfig,
     RowsConfig,
@@ -35,6 +36,7 @@ from dsv4_compile.ops.kernels.sm90 import blocks as bl
 from dsv4_compile.ops.kernels.sm90 import numerics as nm
 
 WARPS = CTA_THREADS // 32
+AMAX_FLOOR_BITS = 0x322BCC77  # fp32 1e-8
 DTYPES = {"bfloat16": BFloat16, "float16": Float16, "float32": Float32}
 
 
@@ -90,10 +92,14 @@ def sum_rows(
     """The factor of each row of a group, into registers, through one barrier of the group."""
     lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
     for s in cutlass.range_constexpr(config.rows):
-        total = Float64(0.0)
+        # Chains of additions: four where a row is waited for, one where registers matter more.
+        totals = [Float64(0.0)] * (1 if config.is_partial else 4)
         for b in cutlass.range_constexpr(config.blocks):
             at = (s * config.blocks + b) * source.raw_words
-            total = source.row_sum([raw[at + i] for i in range(source.raw_words)], total)
+            totals = source.row_sum([raw[at + i] for i in range(source.raw_words)], totals)
+        total = totals[0]
+        for other in totals[1:]:
+            total = nm.add_f64(total, other)
         for step in cutlass.range_constexpr(5):
             total = nm.add_f64(total, cute.arch.shuffle_sync_bfly(total, offset=16 >> step))
         if lane == 0:
@@ -386,9 +392,11 @@ def amax_kernel(
     source: cutlass.Constexpr,
     config: cutlass.Constexpr,
 ):
-    kept_words = bl.words_of(source.kept_dtype)
     smem = cutlass.memory.SmemAllocator()
     shared_tops = smem.allocate_tensor(Uint32, cute.make_layout(WARPS), 16)
+    known = smem.allocate_tensor(
+        Uint32, cute.make_layout(1), 16
+    )  # a lower bound of the maximum, for sources that can use it
     thread, _, _ = cute.arch.thread_idx()
     cta, _, _ = cute.arch.block_idx()
     ctas, _, _ = cute.arch.grid_dim()
@@ -405,23 +413,26 @@ def amax_kernel(
         row_blocks,
         scalar,
     )
-    raw = cute.make_rmem_tensor(UNROLL * source.raw_words, Uint32)
-    kept = cute.make_rmem_tensor(kept_words, Uint32)
+    raw = cute.make_rmem_tensor(config.unroll * source.raw_words, Uint32)
+    ahead = cute.make_rmem_tensor(config.unroll * source.raw_words, Uint32)
+    chunk_blocks = CTA_THREADS * config.unroll
+    top_of, raw_words, unroll = source.top, source.raw_words, config.unroll
+    if thread == 0:
+        known[0] = Uint32(AMAX_FLOOR_BITS)
+    cute.arch.sync_threads()
     if cutlass.const_expr(config.pdl):
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-    prepare, raw_words, kept_dtype = source.prepare, source.raw_words, source.kept_dtype
-    largest = Uint32(0)
-    chunk = cta
-    while chunk * (CTA_THREADS * UNROLL) < num_blocks:
-        block = chunk * (CTA_THREADS * UNROLL) + thread
-        load_blocks(raw, block, CTA_THREADS, num_blocks, multiplier, shift, inputs, source)
-        for u in cutlass.range_constexpr(UNROLL):
-            words = prepare(inputs, [raw[u * raw_words + i] for i in range(raw_words)], Float32(1.0), Int32(0))
-            for i in cutlass.range_constexpr(kept_words):
-                kept[i] = words[i]
-            largest = nm.larger_u32(largest, bl.finite_amax(kept, 0, kept_dtype))
-        chunk += ctas
+    largest = Uint32(AMAX_FLOOR_BITS)
+    block = cta * chunk_blocks + thread
+    load_blocks(raw, block, CTA_THREADS, num_blocks, multiplier, shift, inputs, source)
+    while block - thread < num_blocks:
+        block += ctas * chunk_blocks
+        load_blocks(ahead, block, CTA_THREADS, num_blocks, multiplier, shift, inputs, source)
+        for u in cutlass.range_constexpr(unroll):
+            largest = top_of(raw, u * raw_words, inputs, largest, known)
+        for i in cutlass.range_constexpr(unroll * raw_words):
+            raw[i] = ahead[i]
     write_partial(largest, shared_tops, partials)
 
 
@@ -436,13 +447,13 @@ def load_blocks(
     inputs: cutlass.Constexpr,
     source: cutlass.Constexpr,
 ):
-    """UNROLL blocks, ``step`` apart, all loads before the first use; zeros beyond the end."""
+    """Blocks ``step`` apart, as many as ``raw`` holds; zeros from the end on, and before the first."""
     load, raw_words = source.load, source.raw_words
-    for u in cutlass.range_constexpr(UNROLL):
+    for u in cutlass.range_constexpr(cute.size(raw) // raw_words):
         for i in cutlass.range_constexpr(raw_words):
             raw[u * raw_words + i] = Uint32(0)
         number = block + u * step
-        if number < num_blocks:
+        if (number >= 0) & (number < num_blocks):
             row = nm.quotient(number, multiplier, shift)
             words = load(inputs, row, number - row * inputs.row_blocks)
             for i in cutlass.range_constexpr(raw_words):
@@ -491,10 +502,10 @@ def flat_kernel(
         row_blocks,
         scalar,
     )
-    raw = cute.make_rmem_tensor(UNROLL * source.raw_words, Uint32)
-    chunk_blocks = FLAT_THREADS * UNROLL
-    chunk = cute.ceil_div(num_blocks, chunk_blocks) - 1 - cta
-    block = chunk * chunk_blocks + thread
+    raw = cute.make_rmem_tensor(config.unroll * source.raw_words, Uint32)
+    ahead = cute.make_rmem_tensor(config.unroll * source.raw_words, Uint32)
+    chunk_blocks = FLAT_THREADS * config.unroll
+    block = (cute.ceil_div(num_blocks, chunk_blocks) - 1 - cta) * chunk_blocks + thread
     # Early: whoever wrote these had finished when the amax pass, past its own wait, let this one start.
     if cutlass.const_expr(config.early):
         load_blocks(raw, block, FLAT_THREADS, num_blocks, multiplier, shift, inputs, source)
@@ -516,9 +527,10 @@ def flat_kernel(
         nm.store_f32(nm.address_of(global_scale), scale)
     codes_at, scales_at, factors_at = nm.address_of(codes), nm.address_of(scales), nm.address_of(row_factors)
     prepare, raw_words, kept_dtype = source.prepare, source.raw_words, source.kept_dtype
-    has_statistic = source.has_statistic
-    while chunk >= 0:
-        for u in cutlass.range_constexpr(UNROLL):
+    has_statistic, unroll = source.has_statistic, config.unroll
+    while block >= 0:
+        load_blocks(ahead, block - ctas * chunk_blocks, FLAT_THREADS, num_blocks, multiplier, shift, inputs, source)
+        for u in cutlass.range_constexpr(unroll):
             number = block + u * FLAT_THREADS
             if number < num_blocks:
                 factor, column = Float32(1.0), Int32(0)
@@ -529,10 +541,9 @@ def flat_kernel(
                 words = prepare(inputs, [raw[u * raw_words + i] for i in range(raw_words)], factor, column)
                 block_codes, byte = bl.quantize(words, kept_dtype, scale, six_scales)
                 bl.write(codes_at, scales_at, number, block_codes, byte)
-        chunk -= ctas
         block -= ctas * chunk_blocks
-        if chunk >= 0:
-            load_blocks(raw, block, FLAT_THREADS, num_blocks, multiplier, shift, inputs, source)
+        for i in cutlass.range_constexpr(unroll * raw_words):
+            raw[i] = ahead[i]
 
 
 def _vector(dtype, align: int = 4):
@@ -589,7 +600,12 @@ def build(config, source):
                 scalar,
                 source,
                 config,
-            ).launch(grid=(ctas, 1, 1), block=(CTA_THREADS, 1, 1), stream=stream, use_pdl=config.pdl)
+            ).launch(
+                grid=(ctas, 1, 1),
+                block=(CTA_THREADS, 1, 1),
+                stream=stream,
+                use_pdl=config.pdl,
+            )
 
         norm = _vector(DTYPES[config.dtype], 16)
         return launch, (
@@ -703,7 +719,12 @@ def build(config, source):
                 scalar,
                 source,
                 config,
-            ).launch(grid=(ctas, 1, 1), block=(CTA_THREADS, 1, 1), stream=stream, use_pdl=config.pdl)
+            ).launch(
+                grid=(ctas, 1, 1),
+                block=(CTA_THREADS, 1, 1),
+                stream=stream,
+                use_pdl=config.pdl,
+            )
 
         return launch, (
             *operands,

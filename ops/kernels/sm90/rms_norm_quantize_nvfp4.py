@@ -21,10 +21,10 @@ class RmsNorm:
         at = inputs.row(inputs.first, row) + Int64(column) * blocks.bytes_of(self.kept_dtype)
         return blocks.load(at, self.kept_dtype)
 
-    def row_sum(self, raw, total):
-        for value in blocks.unpack(raw, self.kept_dtype):
-            total = nm.add_square_f64(total, value)
-        return total
+    def row_sum(self, raw, totals):
+        for i, value in enumerate(blocks.unpack(raw, self.kept_dtype)):
+            totals[i % len(totals)] = nm.add_square_f64(totals[i % len(totals)], value)
+        return totals
 
     def factor(self, inputs, total):
         mean = nm.divide(nm.round_f64(total), Float32(inputs.row_blocks * 16))

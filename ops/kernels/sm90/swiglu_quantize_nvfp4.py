@@ -1,6 +1,7 @@
 """Quantises a clamped SwiGLU, computed in fp32 where it is needed: twice, where there are two passes."""
 
-from cutlass import Int64
+import cutlass
+from cutlass import Float32, Int64, Uint32, cute
 
 from dsv4_compile.ops.kernels.sm90 import blocks, quantizer
 from dsv4_compile.ops.kernels.sm90 import numerics as nm
@@ -10,6 +11,49 @@ def silu(x):
     """:func:`nvfp4.silu`: ``x / (1 + exp(-x))``, ``x * 0`` below -87."""
     quotient = nm.divide(x, nm.add(nm.exponential(nm.negate(x)), 1.0))
     return nm.select(x < -nm.EXP_LIMIT, nm.multiply(x, 0.0), quotient)
+
+
+def _silu_about(x):
+    """silu(x) within a relative error of 2^-14; what underflows, and below -87, is 0."""
+    e = nm.exp2_about(nm.multiply(x, -nm.LOG2_E))
+    return nm.multiply(x, nm.reciprocal_about(nm.add(e, 1.0)))
+
+
+@cute.jit
+def top_of_products(
+    raw: cute.Tensor,
+    at: cutlass.Constexpr,
+    inputs: cutlass.Constexpr,
+    largest: Uint32,
+    known: cute.Tensor,
+    source: cutlass.Constexpr,
+) -> Uint32:
+    """The larger of ``largest`` and the largest finite product of a block, as bits.
+
+    Products are computed exactly only where one may exceed what the CTA has seen: if an approximation, NaN where the
+    product is NaN or infinite, is not clearly below. The maximum starts at 1e-8, the least that counts.
+    """
+    words = [raw[at + i] for i in range(source.raw_words)]
+    half = source.raw_words // 2
+    limit = inputs.scalar
+    about = Float32(0.0)
+    for gate, up in zip(
+        blocks.unpack(words[:half], source.dtype), blocks.unpack(words[half:], source.dtype), strict=True
+    ):
+        clamped = nm.smaller_or_nan(nm.larger_or_nan(up, nm.negate(limit)), limit)
+        product = nm.multiply(_silu_about(nm.smaller_or_nan(gate, limit)), clamped)
+        about = nm.larger_or_nan(about, nm.absolute(product))
+    seen = nm.larger_u32(largest, known[0])
+    bound = nm.larger_or_nan(nm.multiply(about, 1.0 + 2.0**-10), nm.from_bits(seen))
+    prepare = source.prepare
+    if nm.bits(bound) != seen:
+        products = cute.make_rmem_tensor(16, Uint32)
+        values = prepare(inputs, words, None, None)
+        for i in cutlass.range_constexpr(16):
+            products[i] = values[i]
+        largest = nm.larger_u32(largest, blocks.finite_amax(products, 0, "float32"))
+        nm.raise_shared(known.iterator.toint(), largest)
+    return largest
 
 
 class SwiGlu:
@@ -35,6 +79,9 @@ class SwiGlu:
             clamped = nm.smaller_or_nan(nm.larger_or_nan(up, nm.negate(limit)), limit)
             products.append(nm.bits(nm.multiply(silu(nm.smaller_or_nan(gate, limit)), clamped)))
         return products
+
+    def top(self, raw, at, inputs, largest, known):
+        return top_of_products(raw, at, inputs, largest, known, self)
 
 
 def build(config):
