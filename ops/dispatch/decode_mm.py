@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsv4_compile.ops.kernels import cache
-from dsv4_compile.ops.kernels.device import sm_count
+from dsv4_compile.ops.kernels.device import HOPPER_SM_COUNT, sm_count
 
 STEP_K = 256  # K of a product must be a multiple
 MAX_TOKENS = 32
@@ -20,6 +20,13 @@ BARRIER_BYTES = 1024
 SMEM_KIB = 226
 SHARED_SMEM_KIB = 110  # room for the CTA of the next kernel beside this one's
 TOKEN_SLOTS = (1, 2, 4, 8, 16, 24, 32)
+# Row tiles, row warps and K warps of a block of 16, 32, 64, 128 or 256 rows, sixteen warps each.
+BLOCK_SHAPES = ((1, 1, 16), (1, 2, 8), (1, 4, 4), (1, 8, 2), (1, 16, 1))
+LARGEST_BLOCK_ROWS = 256
+MIN_CLASS_SLOTS = 1
+GROUPED_TILE_ROWS = 8
+GROUPED_FEW_ROWS = 48
+GROUPED_FEW, GROUPED_MANY = (2, 2, 4), (2, 2, 8)
 OUT_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -43,6 +50,7 @@ class Config:
             the SwiGLU of the two halves of the product as result.
         has_gather: the activation of a grouped row is that of its slot's token.
         has_row_weight: the result of ``swiglu`` is multiplied by a weight of its row.
+        has_row_scale: the activation has a global scale, one for all rows or one a row.
     """
 
     token_slots: int
@@ -59,6 +67,7 @@ class Config:
     mode: Literal["dense", "grouped", "swiglu"] = "dense"
     has_gather: bool = False
     has_row_weight: bool = False
+    has_row_scale: bool = True
 
     @property
     def block_rows(self) -> int:
@@ -73,6 +82,178 @@ class Config:
         ring = self.smem_kib * 1024 - -(-(BARRIER_BYTES + activations + reduction) // 1024) * 1024
         stage_bytes = self.stage_steps * self.block_rows * (STEP_K // 2 + STEP_K // 16)
         return min(MAX_STAGES, ring // stage_bytes) // max(1, self.k_warps // self.stage_steps)
+
+
+def is_mappable(*tensors: Tensor) -> bool:
+    """Whether TMA reads these: K in steps, rows contiguous, 16-byte aligned bases."""
+    return all(
+        tensor.stride(-1) == 1
+        and tensor.shape[-1] * tensor.stride(-1) == tensor.stride(-2)
+        and (tensor.is_meta or tensor.data_ptr() % 16 == 0)
+        and all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
+        for tensor in tensors
+    )
+
+
+def choose(
+    tokens: int,
+    weight_rows: Sequence[int],
+    k: int,
+    activation: Literal["packed", "bf16"],
+    has_bias: bool,
+    out_dtype: torch.dtype,
+    has_row_scale: bool,
+) -> Config | None:
+    """The dense variant for a shape, or None where the kernel does not run: too many tokens, or K not in steps.
+
+    A CTA takes as few rows as still leave one wave of CTAs, so that all of them finish together; where the activations
+    do not fit beside a ring of weights, a cluster of CTAs shares K.
+    """
+    if not 0 < tokens <= MAX_TOKENS or k % STEP_K or not k:
+        return None
+    slots = next(size for size in TOKEN_SLOTS if size >= tokens)
+    rows = sum(weight_rows)
+    for splits in (1, 2, 4, 8):
+        for row_tiles, row_warps, k_warps in BLOCK_SHAPES:
+            block_rows = 16 * row_tiles * row_warps
+            is_largest = block_rows == LARGEST_BLOCK_ROWS
+            if -(-rows // block_rows) * splits > HOPPER_SM_COUNT and (splits > 1 or not is_largest):
+                continue
+            config = Config(
+                token_slots=slots,
+                row_tiles=row_tiles,
+                row_warps=row_warps,
+                k_warps=k_warps,
+                stage_steps=1,
+                splits=splits,
+                activation=activation,
+                num_weights=1 if len(weight_rows) == 1 else MAX_WEIGHTS,
+                has_bias=has_bias,
+                out_dtype=OUT_DTYPE_NAMES[out_dtype],
+                smem_kib=SMEM_KIB,
+                has_row_scale=has_row_scale,
+            )
+            if config.class_slots(k) >= MIN_CLASS_SLOTS:
+                return config
+            break
+    return None
+
+
+def decode_mm(
+    config: Config,
+    x: Tensor,
+    x_scales: Tensor | None,
+    row_scale: Tensor | None,
+    codes: Sequence[Tensor],
+    block_scales: Sequence[Tensor],
+    global_scales: Sequence[Tensor],
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    """``out = (x @ (code * block scale).T) * (row_scale * global_scale) + bias`` for at most 32 tokens.
+
+    Args:
+        config: of :func:`choose`.
+        x: packed uint8 [T, K/2] or bf16 [T, K], contiguous, 16-byte aligned.
+        x_scales: float8_e4m3fn [T, K/16] of a packed ``x``, contiguous.
+        row_scale: fp32 [1] or [T], exactly with ``config.has_row_scale``.
+        codes, block_scales: at most 4 weights, uint8 [N_i, K/2] and float8_e4m3fn [N_i, K/16], see :func:`is_mappable`.
+        global_scales: fp32, each 1-D: one, or one for each of equal segments of the weight's rows.
+        bias: fp32 [sum N_i] or None.
+        out: [T, sum N_i], unit stride along the last dimension.
+    """
+    missing = config.num_weights - len(codes)
+    launch(
+        config,
+        x,
+        block_scales[0] if x_scales is None else x_scales,
+        global_scales[0] if row_scale is None else row_scale,
+        [*codes, *[codes[0][:0]] * missing],
+        [*block_scales, *[block_scales[0][:0]] * missing],
+        [*global_scales, *[global_scales[0]] * missing],
+        global_scales[0] if bias is None else bias,
+        out,
+    )
+
+
+def choose_grouped(
+    rows: int, k: int, is_packed: bool, is_swiglu: bool, has_row_weight: bool, out_dtype: torch.dtype
+) -> Config | None:
+    """The grouped variant for a number of routed rows, tiles of 8 of them; None where K is not in steps."""
+    if k % STEP_K or not k:
+        return None
+    row_tiles, row_warps, k_warps = GROUPED_FEW if rows <= GROUPED_FEW_ROWS else GROUPED_MANY
+    config = Config(
+        token_slots=GROUPED_TILE_ROWS,
+        row_tiles=row_tiles,
+        row_warps=row_warps,
+        k_warps=k_warps,
+        stage_steps=2,
+        splits=1,
+        activation="packed" if is_packed else "bf16",
+        num_weights=1,
+        has_bias=False,
+        out_dtype=OUT_DTYPE_NAMES[out_dtype],
+        smem_kib=SMEM_KIB,
+        mode="swiglu" if is_swiglu else "grouped",
+        has_gather=is_packed and is_swiglu,
+        has_row_weight=has_row_weight,
+    )
+    return config if config.class_slots(k) >= 1 else None
+
+
+def grouped_decode_mm(
+    config: Config,
+    x: Tensor,
+    x_scales: Tensor | None,
+    row_scale: Tensor,
+    codes: Tensor,
+    block_scales: Tensor,
+    global_scale: Tensor,
+    schedule: Tensor,
+    out: Tensor,
+    *,
+    sorted_slots: Tensor | None = None,
+    top_k: int = 1,
+    swiglu_limit: float = 0.0,
+    row_weight: Tensor | None = None,
+    partial_amax: Tensor | None = None,
+) -> None:
+    """``out[r] = (x[r] @ (code * block scale)[e].T) * (row_scale[r] * global_scale[e])``, or the SwiGLU of its halves.
+
+    Args:
+        config: of :func:`choose_grouped`.
+        x: packed uint8 [T, K/2] or bf16 [S, K], contiguous. With ``config.has_gather`` row r of the schedule reads row
+            ``sorted_slots[r] // top_k``, else row r.
+        x_scales: float8_e4m3fn [T, K/16] of a packed ``x``, contiguous.
+        row_scale: fp32, one element or one a row of the schedule.
+        codes, block_scales: uint8 [E, N, K/2] and float8_e4m3fn [E, N, K/16], see :func:`is_mappable`.
+        global_scale: fp32 [E, S], one for each of S equal segments of the N rows; for SwiGLU S is 1 or 2.
+        schedule: int32 [max_tiles + 1, 4], see ``ops/dispatch/moe_align.py``.
+        out: [S, N], or [S, N/2] of a SwiGLU. Rows that no tile names are left as they are.
+        sorted_slots: int32 [S].
+        top_k: slots of a token.
+        swiglu_limit: ``inf`` for no clamp.
+        row_weight: fp32 [S], exactly with ``config.has_row_weight``.
+        partial_amax: fp32, an element a multiprocessor, exactly with SwiGLU: the largest finite result of each CTA.
+    """
+    unused = global_scale.view(-1)
+    launch_grouped(
+        config,
+        x,
+        block_scales[0] if x_scales is None else x_scales,
+        row_scale.view(-1),
+        schedule.view(-1) if sorted_slots is None else sorted_slots,
+        top_k,
+        schedule,
+        codes,
+        block_scales,
+        global_scale,
+        unused if row_weight is None else row_weight,
+        unused if partial_amax is None else partial_amax,
+        swiglu_limit,
+        out,
+    )
 
 
 def launch(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dsv4_compile import nvfp4
+from dsv4_compile.ops.dispatch import decode_mm
 from dsv4_compile.ops.dispatch.expand import expand
 from dsv4_compile.ops.dispatch.wgmma_w4 import OUT_DTYPE_NAMES, STAGE_K, TILE_TOKENS, Config, is_mappable, launch_dense
 from dsv4_compile.ops.kernels.device import require_hopper
@@ -31,8 +33,12 @@ def run_packed(
     if out.numel() == 0:
         return out
     rows, k = out.numel() // out.shape[-1], 2 * a_codes.shape[-1]
-    x = expand(a_codes.reshape(rows, k // 2), a_block_scales.reshape(rows, k // nvfp4.BLOCK_SIZE))
-    _multiply(x, a_global_scale.reshape(-1), b_codes, b_block_scales, b_global_scales, bias, out.view(rows, -1))
+    x, x_scales = a_codes.reshape(rows, k // 2), a_block_scales.reshape(rows, k // nvfp4.BLOCK_SIZE)
+    row_scale = a_global_scale.reshape(-1).contiguous()
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    weights = _weights(b_codes, b_block_scales, b_global_scales)
+    if not _decode(x, x_scales, row_scale, weights, bias, out.view(rows, -1)):
+        _multiply(expand(x, x_scales), row_scale, weights, bias, out.view(rows, -1))
     return out
 
 
@@ -49,52 +55,94 @@ def run_bf16(
     if out.numel() == 0:
         return out
     rows = out.numel() // out.shape[-1]
-    _multiply(x.reshape(rows, x.shape[-1]), None, b_codes, b_block_scales, b_global_scales, bias, out.view(rows, -1))
+    x = x.reshape(rows, x.shape[-1])
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    weights = _weights(b_codes, b_block_scales, b_global_scales)
+    if not _decode(x, None, None, weights, bias, out.view(rows, -1)):
+        _multiply(x, None, weights, bias, out.view(rows, -1))
     return out
+
+
+def _weights(
+    codes: Sequence[Tensor], block_scales: Sequence[Tensor], global_scales: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The weights that have rows."""
+    return [
+        (weight, scales, global_scale.reshape(-1).contiguous())
+        for weight, scales, global_scale in zip(codes, block_scales, global_scales, strict=True)
+        if weight.shape[0]
+    ]
+
+
+def _parts(
+    weights: Sequence[tuple[Tensor, Tensor, Tensor]],
+) -> Iterator[tuple[slice, list[Tensor], list[Tensor], list[Tensor]]]:
+    """The weights of each launch: their columns, codes, block scales and global scales."""
+    column = 0
+    for start in range(0, len(weights), MAX_WEIGHTS):
+        codes, scales, global_scales = (list(part) for part in zip(*weights[start : start + MAX_WEIGHTS], strict=True))
+        columns = slice(column, column + sum(weight.shape[0] for weight in codes))
+        column = columns.stop
+        yield columns, codes, scales, global_scales
+
+
+def _decode(
+    x: Tensor,
+    x_scales: Tensor | None,
+    row_scale: Tensor | None,
+    weights: Sequence[tuple[Tensor, Tensor, Tensor]],
+    bias: Tensor | None,
+    out: Tensor,
+) -> bool:
+    """Runs the decode kernel, if it runs this shape."""
+    k = 2 * weights[0][0].shape[1]
+    activation: Literal["packed", "bf16"] = "bf16" if x_scales is None else "packed"
+    configs = [
+        decode_mm.choose(
+            x.shape[0], [part.shape[0] for part in codes], k, activation, bias is not None, out.dtype,
+            row_scale is not None,
+        )
+        for _, codes, _, _ in _parts(weights)
+    ]  # fmt: skip
+    if None in configs or not decode_mm.is_mappable(*(part for weight in weights for part in weight[:2])):
+        return False
+    x = _aligned(x)
+    x_scales = None if x_scales is None else _aligned(x_scales)
+    for config, (columns, codes, scales, global_scales) in zip(configs, _parts(weights), strict=True):
+        assert config is not None
+        decode_mm.decode_mm(
+            config, x, x_scales, row_scale, codes, scales, global_scales,
+            None if bias is None else bias[columns], out[:, columns],
+        )  # fmt: skip
+    return True
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x`` contiguous, at an address that is a multiple of 16 bytes."""
+    x = x.contiguous()
+    return x if x.is_meta or x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _multiply(
     x: Tensor,
     row_scale: Tensor | None,
-    codes: Sequence[Tensor],
-    block_scales: Sequence[Tensor],
-    global_scales: Sequence[Tensor],
+    weights: Sequence[tuple[Tensor, Tensor, Tensor]],
     bias: Tensor | None,
     out: Tensor,
 ) -> None:
-    row_scale = None if row_scale is None else row_scale.contiguous()
-    bias = None if bias is None else bias.to(torch.float32).contiguous()
-    weights = [
-        (weight, scales, global_scale.reshape(-1).contiguous())
-        for weight, scales, global_scale in zip(codes, block_scales, global_scales, strict=True)
-        if weight.shape[0]
-    ]
     is_tiled = (
         x.shape[1] % STAGE_K == 0 and x.shape[1] > 0 and all(weight.shape[0] % 8 == 0 for weight, _, _ in weights)
     )
     if not is_tiled or not is_mappable(*(part for weight in weights for part in weight[:2])):
-        return _multiply_expanded(x, row_scale, weights, bias, out)
+        _multiply_expanded(x, row_scale, weights, bias, out)
+        return
     if not is_mappable(x):
-        x = x.contiguous() if not x.is_contiguous() else x.clone()
-    column = 0
-    for start in range(0, len(weights), MAX_WEIGHTS):
-        part = weights[start : start + MAX_WEIGHTS]
-        columns = slice(column, column + sum(weight.shape[0] for weight, _, _ in part))
-        column = columns.stop
-        config = choose(
-            x.shape[0], [weight.shape[0] for weight, _, _ in part], row_scale is not None, bias is not None, out.dtype
-        )
-        launch_dense(
-            config,
-            x,
-            row_scale,
-            [weight for weight, _, _ in part],
-            [scales for _, scales, _ in part],
-            [global_scale for _, _, global_scale in part],
-            None if bias is None else bias[columns],
-            out[:, columns],
-        )
-    return None
+        x = x.clone(memory_format=torch.contiguous_format)
+    for columns, codes, scales, global_scales in _parts(weights):
+        rows = [weight.shape[0] for weight in codes]
+        config = choose(x.shape[0], rows, row_scale is not None, bias is not None, out.dtype)
+        part_bias = None if bias is None else bias[columns]
+        launch_dense(config, x, row_scale, codes, scales, global_scales, part_bias, out[:, columns])
 
 
 def choose(

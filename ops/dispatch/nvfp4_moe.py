@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dsv4_compile.ops.dispatch import decode_mm
 from dsv4_compile.ops.dispatch.expand import expand
 from dsv4_compile.ops.dispatch.grouped_unaligned import grouped_unaligned
 from dsv4_compile.ops.dispatch.grouped_wgmma import grouped_wgmma, partial_amax_size, supports_grouped_wgmma
@@ -18,6 +19,7 @@ from dsv4_compile.ops.kernels.device import require_hopper
 
 OP = "nvfp4_moe"
 UNALIGNED_TILE_ROWS = 64
+DECODE_AVERAGE_ROWS = 8  # of an expert that is hit
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,11 @@ class Plan:
     """How a call runs.
 
     Attributes:
-        path: ``wgmma``, or ``unaligned`` for widths that TMA cannot read.
+        path: ``decode`` for few rows an expert, ``wgmma`` for many, or ``unaligned`` for widths that TMA cannot read.
         tile_rows: the most rows of a tile.
     """
 
-    path: Literal["wgmma", "unaligned"]
+    path: Literal["decode", "wgmma", "unaligned"]
     tile_rows: int
 
 
@@ -83,28 +85,42 @@ def run(
     )
     schedule = alignment.schedule
     row_scale = a_global_scale if alignment.row_scale is None else alignment.row_scale
-    x = expand(a_codes, a_block_scales, alignment.sorted_slots, top_k)
-    h = x.new_empty((rows, intermediate), dtype=out_dtype)
-    y_shape = rows, hidden
-    if plan.path == "unaligned":
+    h = a_codes.new_empty((rows, intermediate), dtype=out_dtype)
+    is_scaled_in_place = out_dtype == torch.bfloat16
+    if plan.path == "decode":
+        partial_amax = a_codes.new_empty(partial_amax_size(a_codes), dtype=torch.float32)
+        decode_mm.grouped_decode_mm(
+            _decode_config(rows, gate_up_codes, True, is_before, out_dtype),
+            a_codes.contiguous(), a_block_scales.contiguous(), row_scale, gate_up_codes, gate_up_block_scales,
+            gate_up_global_scale.view(experts, -1), schedule, h, sorted_slots=alignment.sorted_slots, top_k=top_k,
+            swiglu_limit=limit, row_weight=alignment.row_weight, partial_amax=partial_amax,
+        )  # fmt: skip
+    elif plan.path == "wgmma":
+        partial_amax = a_codes.new_empty(partial_amax_size(a_codes), dtype=torch.float32)
+        x = expand(a_codes, a_block_scales, alignment.sorted_slots, top_k)
+        grouped_wgmma(
+            x, row_scale, gate_up_codes, gate_up_block_scales, gate_up_global_scale, schedule, plan.tile_rows, h,
+            swiglu_limit=limit, row_weight=alignment.row_weight, partial_amax=partial_amax,
+        )  # fmt: skip
+        del x  # its memory serves for y
+    else:
+        x = expand(a_codes, a_block_scales, alignment.sorted_slots, top_k)
         grouped_unaligned(
             x, row_scale, gate_up_codes, gate_up_block_scales, gate_up_global_scale, schedule, h,
             swiglu_limit=limit, row_weight=alignment.row_weight, amax=alignment.zeroed,
         )  # fmt: skip
         partial_amax = alignment.zeroed.view(torch.float32)
-    else:
-        partial_amax = x.new_empty(partial_amax_size(x), dtype=torch.float32)
-        grouped_wgmma(
-            x, row_scale, gate_up_codes, gate_up_block_scales, gate_up_global_scale, schedule, plan.tile_rows, h,
-            swiglu_limit=limit, row_weight=alignment.row_weight, partial_amax=partial_amax,
-        )  # fmt: skip
-    del x  # its memory serves for y
-    scaled, h_scale = requantize(h, partial_amax, schedule, granularity, h if h.dtype == torch.bfloat16 else None)
-    y = h.new_empty(y_shape, dtype=torch.float32)
-    if plan.path == "unaligned":
-        grouped_unaligned(scaled, h_scale, down_codes, down_block_scales, down_global_scale, schedule, y)
-    else:
+        del x
+    scaled, h_scale = requantize(h, partial_amax, schedule, granularity, h if is_scaled_in_place else None)
+    y = h.new_empty((rows, hidden), dtype=torch.float32)
+    if plan.path == "decode":
+        config = _decode_config(rows, down_codes, False, False, torch.float32)
+        scales = down_global_scale.view(experts, 1)
+        decode_mm.grouped_decode_mm(config, scaled, None, h_scale, down_codes, down_block_scales, scales, schedule, y)
+    elif plan.path == "wgmma":
         grouped_wgmma(scaled, h_scale, down_codes, down_block_scales, down_global_scale, schedule, plan.tile_rows, y)
+    else:
+        grouped_unaligned(scaled, h_scale, down_codes, down_block_scales, down_global_scale, schedule, y)
     combine(y, alignment.row_of_slot, None if is_before else topk_weights, top_k, out)
     return out
 
@@ -123,5 +139,25 @@ def plan_of(
     if supports_grouped_wgmma(x, gate_up_codes, gate_up_block_scales) and supports_grouped_wgmma(
         h, down_codes, down_block_scales
     ):
+        if rows <= DECODE_AVERAGE_ROWS * min(rows, experts) and _decodes(
+            rows, gate_up_codes, gate_up_block_scales, down_codes, down_block_scales
+        ):
+            return Plan("decode", decode_mm.GROUPED_TILE_ROWS)
         return Plan("wgmma", tile_rows_of(rows, experts))
     return Plan("unaligned", UNALIGNED_TILE_ROWS)
+
+
+def _decode_config(
+    rows: int, codes: Tensor, is_gate_up: bool, has_row_weight: bool, out_dtype: torch.dtype
+) -> decode_mm.Config:
+    config = decode_mm.choose_grouped(rows, 2 * codes.shape[2], is_gate_up, is_gate_up, has_row_weight, out_dtype)
+    assert config is not None, "plan_of looked"
+    return config
+
+
+def _decodes(rows: int, gate_up_codes: Tensor, gate_up_scales: Tensor, down_codes: Tensor, down_scales: Tensor) -> bool:
+    """Whether both products run on the decode kernel: K in steps, and activations that fit beside a ring of weights."""
+    return decode_mm.is_mappable(gate_up_codes, gate_up_scales, down_codes, down_scales) and all(
+        decode_mm.choose_grouped(rows, 2 * codes.shape[2], is_gate_up, is_gate_up, False, torch.bfloat16) is not None
+        for codes, is_gate_up in ((gate_up_codes, True), (down_codes, False))
+    )

@@ -391,7 +391,9 @@ class DecodeMM:
             cute.arch.griddepcontrol_wait()
             self.fill(x, x_scales, None, None, activations, first_row, tokens, first_step, steps, k, thread, warp)
             cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=self.threads)
-        first_row_scale = load_global_f32(row_scale.iterator.toint())
+        first_row_scale = Float32(1.0)
+        if cutlass.const_expr(config.has_row_scale):
+            first_row_scale = load_global_f32(row_scale.iterator.toint())
 
         lane = thread % 32
         quad, member = lane // 4, lane % 4
@@ -594,9 +596,7 @@ class DecodeMM:
             if column < out.shape[1]:
                 scale = self.scale_of_row(row_scale, first_row_scale, first_row + token)
                 gate = multiply_f32(self.total(reduction, token, local), multiply_f32(scale, gate_scale))
-                up = multiply_f32(
-                    self.total(reduction, token, self.part_rows + local), multiply_f32(scale, up_scale)
-                )
+                up = multiply_f32(self.total(reduction, token, self.part_rows + local), multiply_f32(scale, up_scale))
                 up = numerics.smaller_or_nan(numerics.larger_or_nan(up, numerics.negate(limit)), limit)
                 value = multiply_f32(silu(numerics.smaller_or_nan(gate, limit)), up)
                 if cutlass.const_expr(self.config.has_row_weight):
@@ -611,7 +611,9 @@ class DecodeMM:
     @cute.jit
     def store_amax(self, largest, partial_amax, reduction, thread, warp):
         """The largest of all consumer threads to this CTA's element."""
-        of_warp = numerics.from_bits(numerics.largest_of_warp(numerics.bits(largest)))  # not negative: bits order as values
+        of_warp = numerics.from_bits(
+            numerics.largest_of_warp(numerics.bits(largest))
+        )  # not negative: bits order as values
         if thread % 32 == 0:
             store_shared_f32(reduction + warp * 4, of_warp)
         cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=self.threads)
@@ -624,8 +626,9 @@ class DecodeMM:
     def scale_of_row(self, row_scale, first_row_scale, row):
         """The activation's global scale of a row: one a row, or one for all."""
         scale = first_row_scale
-        if row_scale.shape[0] > 1:
-            scale = load_global_f32(row_scale.iterator.toint() + Int64(row) * 4)
+        if cutlass.const_expr(self.config.has_row_scale):
+            if row_scale.shape[0] > 1:
+                scale = load_global_f32(row_scale.iterator.toint() + Int64(row) * 4)
         return scale
 
     def total(self, reduction, token, local):
@@ -688,9 +691,7 @@ class DecodeMM:
                     if cutlass.const_expr(config.activation == "packed"):
                         factors = decode_two_scales(scales[i], self.dtype)
                         for j in cutlass.range_constexpr(4):
-                            store_shared_v4(
-                                target + j * (64 * self.slots), *self.scaled(loaded[j, i], factors[j // 2])
-                            )
+                            store_shared_v4(target + j * (64 * self.slots), *self.scaled(loaded[j, i], factors[j // 2]))
                     else:
                         low, high = Int32(0x5410), Int32(0x7632)
                         for j in cutlass.range_constexpr(4):

@@ -177,21 +177,29 @@ def convert_two_e4m3(word, *, loc=None, ip=None):
 
 # Powers of two that decoded values lack, per decoded operand: q * s comes out as q * s * 2^-EXPONENT.
 EXPONENTS = {"f16": 14, "bf16": 14}
-# Bits of a decoded pair: its signs, and its magnitudes at the boundary of exponent and mantissa.
-_SIGNS = -0x7FFF8000
-_MAGNITUDES = {"f16": (0x0E000E00, 9), "bf16": (0x01C001C0, 6)}
 
 
 def decode_e2m1x8(word, dtype):
     """Eight e2m1 codes of a word to four registers of two: codes (0, 4), (1, 5), (2, 6), (3, 7).
 
-    The sign goes to bit 15, the three bits of the magnitude to the lowest exponent bits and the highest mantissa bit,
-    where 0.5 is a subnormal: so every code is exact, times 2^-14 in ``f16`` and 2^-126 in ``bf16``.
+    The sign goes to the sign bit, the three bits of the magnitude to the lowest exponent bits and the highest mantissa
+    bit, where 0.5 is a subnormal: so every code is exact, times 2^-14 in ``f16`` and 2^-126 in ``bf16``.
     """
-    mask, place = _MAGNITUDES[dtype]
-    return tuple(
-        ((word << (12 - 4 * i)) & Int32(_SIGNS)) | (_shifted(word, place - 4 * i) & Int32(mask)) for i in range(4)
-    )
+    return _decode_f16(word) if dtype == "f16" else _decode_bf16(word)
+
+
+def _decode_f16(word):
+    """Only the upper byte of an f16 is used: the codes of a word become bytes, then the upper bytes of halves."""
+    signs, magnitudes = Int32(-0x7F7F7F80), Int32(0x0E0E0E0E)
+    even = ((word << 4) & signs) | ((word << 1) & magnitudes)  # codes 0 2 4 6
+    odd = (word & signs) | (shift_right(word, 3) & magnitudes)  # codes 1 3 5 7
+    upper, spread, zero = Int32(-0x00FF0100), Int32(0x2404), Int32(0)
+    return permute(even, zero, spread), permute(odd, zero, spread), even & upper, odd & upper
+
+
+def _decode_bf16(word):
+    signs, magnitudes = Int32(-0x7FFF8000), Int32(0x01C001C0)
+    return tuple(((word << (12 - 4 * i)) & signs) | (_shifted(word, 6 - 4 * i) & magnitudes) for i in range(4))
 
 
 def _shifted(word, left):
