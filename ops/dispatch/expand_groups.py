@@ -49,7 +49,7 @@ def expand_groups(codes: Tensor, block_scales: Tensor, tile_rows: int) -> tuple[
         lambda: f"nvfp4_grouped_mm: a_codes must have fewer than 2^34 elements, got shape {tuple(codes.shape)}",
     )
     if not _is_readable(codes):
-        codes = codes.contiguous()
+        codes = codes.clone(memory_format=torch.contiguous_format)
     if block_scales.stride(2) != 1:
         block_scales = block_scales.contiguous()
     cache.kernel("sm90.expand_groups", Config())(

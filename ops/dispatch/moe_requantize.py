@@ -13,7 +13,8 @@ from dsv4_compile.ops.kernels.device import sm_count
 
 THREADS = 256
 VALUES = 8  # a thread at a time
-CTAS_PER_SM = 8
+CTAS_PER_SM = 4  # all at once: registers allow four, or six that quantise rows
+ROW_CTAS_PER_SM = 6
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,10 @@ def requantize(
     rows, k = h.shape
     scaled = h.new_empty(h.shape, dtype=torch.bfloat16) if scaled is None else scaled
     global_scale = h.new_empty(rows if granularity == "token" else 1, dtype=torch.float32)
-    most = sm_count(h) * CTAS_PER_SM
-    ctas = max(1, min(most, rows if granularity == "token" else -(-rows * k // (THREADS * VALUES))))
+    if granularity == "token":
+        ctas = min(sm_count(h) * ROW_CTAS_PER_SM, rows)
+    else:
+        ctas = min(sm_count(h) * CTAS_PER_SM, -(-rows * k // (THREADS * VALUES)))
     kernel = cache.kernel("sm90.moe_requantize", RequantizeConfig(DTYPE_NAMES[h.dtype], granularity))
-    kernel(h, partial_amax, schedule, scaled, global_scale, ctas)
+    kernel(h, partial_amax, schedule, scaled, global_scale, max(1, ctas))
     return scaled, global_scale

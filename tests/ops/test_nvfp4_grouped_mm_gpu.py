@@ -58,7 +58,7 @@ def check(args: list[Any], is_exact: bool) -> None:
         return
     k = 2 * args[0].shape[-1]
     magnitudes = reference(args[0] & 0x77, *args[1:3], args[3] & 0x77, *args[4:7], torch.float32)
-    limit = k * 2.0**-22 * magnitudes.double() + ROUNDING[args[-1]] * expected.double().abs()
+    limit = k * 2.0**-22 * magnitudes.double() + 2 * ROUNDING[args[-1]] * expected.double().abs()
     error = (actual.cpu().double() - expected.double()).abs()
     if args[-1] == torch.float16:  # beyond its range, both are infinite
         error[actual.cpu() == expected] = 0

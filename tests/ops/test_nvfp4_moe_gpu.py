@@ -4,7 +4,7 @@ The input of the second product is quantised, so a last bit of the first product
 than any bound on sums allows. Here the first product is exact in fp32 in any order: codes of multiples of 1/2, block
 scales 1/2, 1 or 2, so that every partial sum is a multiple of 2^-4 below 4096 * 144 < 2^20. What remains is bounded: the
 second product by K 2^-22 of the sum of its magnitudes (fp32 in any order, tensor cores that truncate), the combination
-and the two scalings by 2^-20 of the sum of theirs, and one rounding of the result.
+and the two scalings by 2^-20 of the sum of theirs, and two roundings of the result, one each side.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def bound(args: list[Any], expected: Tensor) -> Tensor:
     with Magnitudes():
         total = reference(*args).double() * (1 + ROUNDING[args[-1]])
     intermediate = 2 * args[8].shape[2]
-    return (intermediate * 2.0**-22 + 2.0**-20) * total + ROUNDING[args[-1]] * expected.double().abs() + 1e-38
+    return (intermediate * 2.0**-22 + 2.0**-20) * total + 2 * ROUNDING[args[-1]] * expected.double().abs() + 1e-38
 
 
 class Magnitudes:

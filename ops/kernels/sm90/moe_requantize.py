@@ -92,8 +92,28 @@ def load_vector(address: Int64, words: cute.Tensor, is_valid, dtype: cutlass.Con
 
 
 @cute.jit
-def quantize_vector(values: cute.Tensor, global_scale: Float32, six_global_scales: Float32, words: cute.Tensor):
+def largest_finite(words: cute.Tensor, so_far: Uint32, dtype: cutlass.Constexpr) -> Uint32:
+    """Bits of the largest finite magnitude of a vector, or of what was found before."""
+    values = cute.make_rmem_tensor(VALUES, Float32)
+    unpack_vector(words, values, dtype)
+    for i in cutlass.range_constexpr(VALUES):
+        magnitude = bits(absolute(values[i]))
+        if magnitude < NOT_FINITE:
+            so_far = cutlass.max(so_far, magnitude)
+    return so_far
+
+
+@cute.jit
+def quantize_vector(
+    source: cute.Tensor,
+    global_scale: Float32,
+    six_global_scales: Float32,
+    words: cute.Tensor,
+    dtype: cutlass.Constexpr,
+):
     """Eight values, half of the block shared with the neighbouring lane, to four words of ``code * block scale``."""
+    values = cute.make_rmem_tensor(VALUES, Float32)
+    unpack_vector(source, values, dtype)
     amax = absolute(values[0])
     for i in cutlass.range_constexpr(1, VALUES):
         amax = larger_or_nan(amax, absolute(values[i]))
@@ -156,57 +176,54 @@ def requantize_kernel(
         row = cta
         while row < rows:
             row_source = source + Int64(row) * row_vectors * num_bytes
-            steps = cute.ceil_div(row_vectors, THREADS)
-            amax = Uint32(0)
-            for step in cutlass.range(steps, unroll=1):
-                vector = step * THREADS + thread
+            row_target = target + Int64(row) * row_vectors * 16
+            kept = cute.make_rmem_tensor(num_words, Uint32)  # the first vector of the thread, often its only one
+            load_vector(row_source + Int64(thread) * num_bytes, kept, thread < row_vectors, dtype)
+            amax = largest_finite(kept, Uint32(0), dtype)
+            for vector in cutlass.range(thread + THREADS, row_vectors, THREADS, unroll=1):
                 words = cute.make_rmem_tensor(num_words, Uint32)
-                values = cute.make_rmem_tensor(VALUES, Float32)
-                load_vector(row_source + Int64(vector) * num_bytes, words, vector < row_vectors, dtype)
-                unpack_vector(words, values, dtype)
-                for i in cutlass.range_constexpr(VALUES):
-                    magnitude = bits(absolute(values[i]))
-                    if magnitude < NOT_FINITE:
-                        amax = cutlass.max(amax, magnitude)
+                load_vector(row_source + Int64(vector) * num_bytes, words, True, dtype)
+                amax = largest_finite(words, amax, dtype)
             global_scale = global_scale_of(from_bits(maximum_of_block(amax, partial)), False)
             six_global_scales = multiply(global_scale, 6.0)
             if thread == 0:
                 store_f32(address_of(global_scales) + Int64(row) * 4, global_scale)
-            for step in cutlass.range(steps, unroll=1):
+            result = cute.make_rmem_tensor(4, Uint32)
+            quantize_vector(kept, global_scale, six_global_scales, result, dtype)
+            store_vector(row_target + Int64(thread) * 16, result, thread < row_vectors)
+            for step in cutlass.range(1, cute.ceil_div(row_vectors, THREADS), unroll=1):  # whole warps: lanes exchange
                 vector = step * THREADS + thread
                 words = cute.make_rmem_tensor(num_words, Uint32)
-                values = cute.make_rmem_tensor(VALUES, Float32)
-                result = cute.make_rmem_tensor(4, Uint32)
                 load_vector(row_source + Int64(vector) * num_bytes, words, vector < row_vectors, dtype)
-                unpack_vector(words, values, dtype)
-                quantize_vector(values, global_scale, six_global_scales, result)
-                store_vector(target + (Int64(row) * row_vectors + vector) * 16, result, vector < row_vectors)
+                quantize_vector(words, global_scale, six_global_scales, result, dtype)
+                store_vector(row_target + Int64(vector) * 16, result, vector < row_vectors)
             row += ctas
     else:
+        vectors = Int64(rows) * row_vectors
+        stride = Int64(ctas) * THREADS
+        first = Int64(cta) * THREADS + thread
+        words = cute.make_rmem_tensor((num_words, AHEAD), Uint32)
+        for ahead in cutlass.range_constexpr(AHEAD):  # under way while the maximum is found
+            vector = first + ahead * stride
+            load_vector(source + vector * num_bytes, words[None, ahead], vector < vectors, dtype)
         amax = Uint32(0)
-        for index in cutlass.range(thread, Int32(cute.size(partial_amax)), THREADS):
+        for index in cutlass.range(thread, Int32(cute.size(partial_amax)), THREADS, unroll=1):
             amax = cutlass.max(amax, bits(partial_amax[index]))
         amax = maximum_of_block(amax, partial)
         global_scale = global_scale_of(from_bits(amax), granularity == "tensor_pow2")
         six_global_scales = multiply(global_scale, 6.0)
         if (thread == 0) & (cta == 0):
             store_f32(address_of(global_scales), global_scale)
-        vectors = Int64(rows) * row_vectors
-        stride = Int64(ctas) * THREADS
-        first = Int64(cta) * THREADS + thread
-        while first - thread < vectors:  # by whole warps: lanes exchange values
-            words = cute.make_rmem_tensor((num_words, AHEAD), Uint32)
+        while first - thread < vectors:  # the same for the whole CTA: lanes exchange values
+            for ahead in cutlass.range_constexpr(AHEAD):
+                vector = first + ahead * stride
+                result = cute.make_rmem_tensor(4, Uint32)
+                quantize_vector(words[None, ahead], global_scale, six_global_scales, result, dtype)
+                store_vector(target + vector * 16, result, vector < vectors)
+            first += AHEAD * stride
             for ahead in cutlass.range_constexpr(AHEAD):
                 vector = first + ahead * stride
                 load_vector(source + vector * num_bytes, words[None, ahead], vector < vectors, dtype)
-            for ahead in cutlass.range_constexpr(AHEAD):
-                vector = first + ahead * stride
-                values = cute.make_rmem_tensor(VALUES, Float32)
-                result = cute.make_rmem_tensor(4, Uint32)
-                unpack_vector(words[None, ahead], values, dtype)
-                quantize_vector(values, global_scale, six_global_scales, result)
-                store_vector(target + vector * 16, result, vector < vectors)
-            first += AHEAD * stride
 
 
 @cute.jit
