@@ -51,6 +51,7 @@ class Config:
         has_gather: the activation of a grouped row is that of its slot's token.
         has_row_weight: the result of ``swiglu`` is multiplied by a weight of its row.
         has_row_scale: the activation has a global scale, one for all rows or one a row.
+        has_schedule: the tiles of a grouped product are those of a schedule on the device, not of groups of one size.
     """
 
     token_slots: int
@@ -68,6 +69,7 @@ class Config:
     has_gather: bool = False
     has_row_weight: bool = False
     has_row_scale: bool = True
+    has_schedule: bool = True
 
     @property
     def block_rows(self) -> int:
@@ -93,6 +95,12 @@ def is_mappable(*tensors: Tensor) -> bool:
         and all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
         for tensor in tensors
     )
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x`` contiguous, at an address that is a multiple of 16 bytes."""
+    x = x.contiguous()
+    return x if x.is_meta or x.data_ptr() % 16 == 0 else x.clone()
 
 
 def choose(
@@ -177,7 +185,13 @@ def decode_mm(
 
 
 def choose_grouped(
-    rows: int, k: int, is_packed: bool, is_swiglu: bool, has_row_weight: bool, out_dtype: torch.dtype
+    rows: int,
+    k: int,
+    is_packed: bool,
+    is_swiglu: bool,
+    has_row_weight: bool,
+    out_dtype: torch.dtype,
+    has_schedule: bool = True,
 ) -> Config | None:
     """The grouped variant for a number of routed rows, tiles of 8 of them; None where K is not in steps."""
     if k % STEP_K or not k:
@@ -198,6 +212,7 @@ def choose_grouped(
         mode="swiglu" if is_swiglu else "grouped",
         has_gather=is_packed and is_swiglu,
         has_row_weight=has_row_weight,
+        has_schedule=has_schedule,
     )
     return config if config.class_slots(k) >= 1 else None
 
@@ -210,9 +225,10 @@ def grouped_decode_mm(
     codes: Tensor,
     block_scales: Tensor,
     global_scale: Tensor,
-    schedule: Tensor,
+    schedule: Tensor | None,
     out: Tensor,
     *,
+    group_rows: int = 0,
     sorted_slots: Tensor | None = None,
     top_k: int = 1,
     swiglu_limit: float = 0.0,
@@ -229,8 +245,9 @@ def grouped_decode_mm(
         row_scale: fp32, one element or one a row of the schedule.
         codes, block_scales: uint8 [E, N, K/2] and float8_e4m3fn [E, N, K/16], see :func:`is_mappable`.
         global_scale: fp32 [E, S], one for each of S equal segments of the N rows; for SwiGLU S is 1 or 2.
-        schedule: int32 [max_tiles + 1, 4], see ``ops/dispatch/moe_align.py``.
+        schedule: int32 [max_tiles + 1, 4], see ``ops/dispatch/moe_align.py``; exactly with ``config.has_schedule``.
         out: [S, N], or [S, N/2] of a SwiGLU. Rows that no tile names are left as they are.
+        group_rows: rows of each group, one after the other, where there is no schedule.
         sorted_slots: int32 [S].
         top_k: slots of a token.
         swiglu_limit: ``inf`` for no clamp.
@@ -238,14 +255,15 @@ def grouped_decode_mm(
         partial_amax: fp32, an element a multiprocessor, exactly with SwiGLU: the largest finite result of each CTA.
     """
     unused = global_scale.view(-1)
+    unused_integers = unused.view(torch.int32)
     launch_grouped(
         config,
         x,
         block_scales[0] if x_scales is None else x_scales,
         row_scale.view(-1),
-        schedule.view(-1) if sorted_slots is None else sorted_slots,
+        unused_integers if sorted_slots is None else sorted_slots,
         top_k,
-        schedule,
+        unused_integers.new_empty((1, 4)) if schedule is None else schedule,
         codes,
         block_scales,
         global_scale,
@@ -253,6 +271,7 @@ def grouped_decode_mm(
         unused if partial_amax is None else partial_amax,
         swiglu_limit,
         out,
+        group_rows,
     )
 
 
@@ -291,9 +310,10 @@ def launch_grouped(
     partial_amax: Tensor,
     limit: float,
     out: Tensor,
+    group_rows: int,
 ) -> None:
     """Runs one grouped variant, a CTA a multiprocessor."""
     cache.kernel("sm90.decode_mm", config)(
         x, x_scales, row_scale, sorted_slots, schedule, codes, scales, global_scale, row_weight, partial_amax, out,
-        top_k, limit, sm_count(out),
+        top_k, limit, group_rows, sm_count(out),
     )  # fmt: skip

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from dsv4_compile.ops.dispatch import decode_mm
 from dsv4_compile.ops.dispatch.expand import expand
 from dsv4_compile.ops.dispatch.expand_groups import expand_groups
 from dsv4_compile.ops.dispatch.grouped_unaligned import grouped_unaligned
 from dsv4_compile.ops.dispatch.grouped_wgmma import grouped_wgmma, supports_grouped_wgmma
 from dsv4_compile.ops.dispatch.moe_align import schedule_of_offsets
-from dsv4_compile.ops.dispatch.nvfp4_moe import UNALIGNED_TILE_ROWS, tile_rows_of
+from dsv4_compile.ops.dispatch.nvfp4_moe import DECODE_AVERAGE_ROWS, UNALIGNED_TILE_ROWS, tile_rows_of
 from dsv4_compile.ops.dispatch.zero_tail import zero_tail
 from dsv4_compile.ops.kernels.device import require_hopper
 
@@ -37,7 +39,23 @@ def run(
     rows = flat.shape[0]
     row_scale = a_global_scale.reshape(-1).contiguous()
     is_wide = supports_grouped_wgmma(b_codes.new_empty((rows, k), device="meta"), b_codes, b_block_scales)
-    tile_rows = tile_rows_of(rows, groups) if is_wide else UNALIGNED_TILE_ROWS
+    config = _decode_config(rows, b_codes, b_block_scales, out.dtype, offsets is not None) if is_wide else None
+    tile_rows = UNALIGNED_TILE_ROWS
+    if config is not None:
+        tile_rows = decode_mm.GROUPED_TILE_ROWS
+    elif is_wide:
+        tile_rows = tile_rows_of(rows, groups)
+    if config is not None:
+        schedule = None if offsets is None else schedule_of_offsets(offsets, rows, tile_rows)
+        scales = b_global_scale.reshape(-1, 1) if b_global_scale.dim() < 2 else b_global_scale
+        scales = scales.expand(groups, scales.shape[1]).contiguous()
+        decode_mm.grouped_decode_mm(
+            config, decode_mm.aligned(a_codes.reshape(rows, -1)), decode_mm.aligned(a_block_scales.reshape(rows, -1)),
+            row_scale, b_codes, b_block_scales, scales, schedule, flat, group_rows=rows // groups,
+        )  # fmt: skip
+        if schedule is not None:
+            zero_tail(flat, schedule)
+        return out
     if offsets is None:
         x, schedule = expand_groups(a_codes, a_block_scales, tile_rows)
     else:
@@ -50,6 +68,15 @@ def run(
     if offsets is not None:
         zero_tail(flat, schedule)
     return out
+
+
+def _decode_config(
+    rows: int, codes: Tensor, block_scales: Tensor, out_dtype: torch.dtype, has_schedule: bool
+) -> decode_mm.Config | None:
+    """The decode kernel's variant where groups have few rows on average and it can read the weights."""
+    if rows > DECODE_AVERAGE_ROWS * min(rows, codes.shape[0]) or not decode_mm.is_mappable(codes, block_scales):
+        return None
+    return decode_mm.choose_grouped(rows, 2 * codes.shape[2], True, False, False, out_dtype, has_schedule)
 
 
 def _one_or_all(row_scale: Tensor) -> Tensor:

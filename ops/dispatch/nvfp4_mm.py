@@ -106,8 +106,8 @@ def _decode(
     ]  # fmt: skip
     if None in configs or not decode_mm.is_mappable(*(part for weight in weights for part in weight[:2])):
         return False
-    x = _aligned(x)
-    x_scales = None if x_scales is None else _aligned(x_scales)
+    x = decode_mm.aligned(x)
+    x_scales = None if x_scales is None else decode_mm.aligned(x_scales)
     for config, (columns, codes, scales, global_scales) in zip(configs, _parts(weights), strict=True):
         assert config is not None
         decode_mm.decode_mm(
@@ -115,12 +115,6 @@ def _decode(
             None if bias is None else bias[columns], out[:, columns],
         )  # fmt: skip
     return True
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """``x`` contiguous, at an address that is a multiple of 16 bytes."""
-    x = x.contiguous()
-    return x if x.is_meta or x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _multiply(

@@ -91,9 +91,11 @@ def run(
         partial_amax = a_codes.new_empty(partial_amax_size(a_codes), dtype=torch.float32)
         decode_mm.grouped_decode_mm(
             _decode_config(rows, gate_up_codes, True, is_before, out_dtype),
-            a_codes.contiguous(), a_block_scales.contiguous(), row_scale, gate_up_codes, gate_up_block_scales,
-            gate_up_global_scale.view(experts, -1), schedule, h, sorted_slots=alignment.sorted_slots, top_k=top_k,
-            swiglu_limit=limit, row_weight=alignment.row_weight, partial_amax=partial_amax,
+            decode_mm.aligned(a_codes), decode_mm.aligned(a_block_scales), row_scale,
+            gate_up_codes, gate_up_block_scales,
+            gate_up_global_scale.reshape(experts, -1).contiguous(), schedule, h,
+            sorted_slots=alignment.sorted_slots, top_k=top_k, swiglu_limit=limit,
+            row_weight=alignment.row_weight, partial_amax=partial_amax,
         )  # fmt: skip
     elif plan.path == "wgmma":
         partial_amax = a_codes.new_empty(partial_amax_size(a_codes), dtype=torch.float32)
@@ -115,7 +117,7 @@ def run(
     y = h.new_empty((rows, hidden), dtype=torch.float32)
     if plan.path == "decode":
         config = _decode_config(rows, down_codes, False, False, torch.float32)
-        scales = down_global_scale.view(experts, 1)
+        scales = down_global_scale.contiguous().view(experts, 1)
         decode_mm.grouped_decode_mm(config, scaled, None, h_scale, down_codes, down_block_scales, scales, schedule, y)
     elif plan.path == "wgmma":
         grouped_wgmma(scaled, h_scale, down_codes, down_block_scales, down_global_scale, schedule, plan.tile_rows, y)

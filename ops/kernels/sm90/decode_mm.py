@@ -110,11 +110,12 @@ class DecodeMM:
         out: cute.Tensor,
         top_k: Int32,
         limit: Float32,
+        group_rows: Int32,
         num_ctas: Int32,
         stream,
     ):
         maps = [self.tensor_maps(self.experts_last(codes), self.experts_last(scales))]
-        routing = (sorted_slots, schedule, row_weight, partial_amax, top_k, limit)
+        routing = (sorted_slots, schedule, row_weight, partial_amax, top_k, limit, group_rows, codes.shape[0])
         self.launch(maps, x, x_scales, row_scale, [global_scale], None, out, num_ctas, stream, routing)
 
     def experts_last(self, tensor):
@@ -228,9 +229,11 @@ class DecodeMM:
         cute.arch.sync_threads()
 
         units = blocks
-        if cutlass.const_expr(self.is_grouped):
+        if cutlass.const_expr(self.is_grouped and config.has_schedule):
             cute.arch.griddepcontrol_wait()  # the schedule says which weights to read
             units = blocks * load_global_i32(routing[1].iterator.toint())
+        elif cutlass.const_expr(self.is_grouped):
+            units = blocks * routing[7] * ((routing[6] + self.slots - 1) // self.slots)
         first_unit = Int32(Int64(units) * cluster // num_clusters)
         last_unit = Int32(Int64(units) * (cluster + 1) // num_clusters)
 
@@ -296,7 +299,7 @@ class DecodeMM:
             if cutlass.const_expr(self.is_grouped):
                 tile = unit // blocks
                 block = unit - tile * blocks
-                expert = load_global_i32(routing[1].iterator.toint() + Int64(tile + 1) * 16)
+                expert = self.tile(routing, tile)[0]
             for round_start in cutlass.range(0, num_stages, self.classes, unroll=1):
                 for c in cutlass.range_constexpr(self.classes):
                     stage = round_start + c
@@ -391,6 +394,8 @@ class DecodeMM:
             cute.arch.griddepcontrol_wait()
             self.fill(x, x_scales, None, None, activations, first_row, tokens, first_step, steps, k, thread, warp)
             cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=self.threads)
+        elif cutlass.const_expr(not config.has_schedule):
+            cute.arch.griddepcontrol_wait()
         first_row_scale = Float32(1.0)
         if cutlass.const_expr(config.has_row_scale):
             first_row_scale = load_global_f32(row_scale.iterator.toint())
@@ -419,10 +424,7 @@ class DecodeMM:
                 block = unit - tile * blocks
                 if tile != current:
                     current = tile
-                    entry = routing[1].iterator.toint() + Int64(tile + 1) * 16
-                    expert = load_global_i32(entry)
-                    first_row = load_global_i32(entry + 4)
-                    tokens = load_global_i32(entry + 8)
+                    expert, first_row, tokens = self.tile(routing, tile)
                     self.fill(
                         x, x_scales, routing[0], routing[4], activations, first_row, tokens, first_step, steps, k,
                         thread, warp,
@@ -484,6 +486,16 @@ class DecodeMM:
             self.synchronise()
         if cutlass.const_expr(self.is_swiglu):
             self.store_amax(largest, routing[3], reduction, thread, warp)
+
+    def tile(self, routing, tile):
+        """Expert, first row and number of rows of a tile."""
+        if self.config.has_schedule:
+            entry = routing[1].iterator.toint() + Int64(tile + 1) * 16
+            return load_global_i32(entry), load_global_i32(entry + 4), load_global_i32(entry + 8)
+        group_rows = routing[6]
+        tiles = (group_rows + self.slots - 1) // self.slots
+        expert, start = tile // tiles, tile % tiles * self.slots
+        return expert, expert * group_rows + start, cutlass.min(group_rows - start, self.slots)
 
     def synchronise(self):
         """All consumers of the CTA, or of the cluster."""
@@ -747,5 +759,5 @@ def build(config):
     global_scale = make_fake_tensor(Float32, (experts, segments), (segments, 1), assumed_align=4)
     schedule = make_fake_tensor(Int32, (integer(), 4), (4, 1), assumed_align=4)
     arguments = (x, x_scales, vector(Float32), vector(Int32), schedule, codes, scales, global_scale)
-    routing = (vector(Float32), vector(Float32), out, Int32(1), Float32(0.0), Int32(1))
+    routing = (vector(Float32), vector(Float32), out, Int32(1), Float32(0.0), Int32(1), Int32(1))
     return kernel.grouped, (*arguments, *routing, stream)
