@@ -1,4 +1,4 @@
-"""The command ``dsv4-compile``: ``demo`` and ``explain``."""
+"""The command ``dsv4-compile``."""
 
 from __future__ import annotations
 
@@ -41,6 +41,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warm.add_argument("--gsa", choices=nvfp4.GRANULARITIES, default="tensor", help="granularity of the global scale")
     warm.add_argument("--activations", choices=ACTIVATIONS, default="nvfp4", help="bf16 for W4A16")
     warm.add_argument("--jobs", type=int, help="compiling processes (default one a core, at most 8)")
+
+    quantize = commands.add_parser("quantize", help="write a checkpoint as NVFP4 in ModelOpt's layout")
+    quantize.add_argument("source", help="a .safetensors file, an index.json, or a folder with either")
+    quantize.add_argument("destination", help="folder to write; one that an interrupted run left is gone on with")
+    for option, meaning in (
+        ("--include", "names to pack, such as '*.experts.*'"),
+        ("--exclude", "names to leave alone"),
+    ):
+        quantize.add_argument(option, action="append", metavar="PATTERN", help=f"{meaning}; may be repeated")
+    quantize.add_argument(
+        "--search",
+        choices=("none", "six_four", "wide"),
+        default="none",
+        help="how block scales are chosen (default none)",
+    )
+    quantize.add_argument(
+        "--share",
+        choices=("experts", "merged", "none"),
+        default="experts",
+        help="weights with one global scale: gate and up of an expert (default), all that engines merge, none",
+    )
+    quantize.add_argument("--shard-gib", type=float, default=2.0, help="size at which an output file ends (default 2)")
+    quantize.add_argument("--layers", action="store_true", help="show the SQNR of each layer too")
 
     parsed = parser.parse_args(arguments)
     try:
@@ -92,6 +115,28 @@ def _warm(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _quantize(parsed: argparse.Namespace) -> int:
+    from dsv4_compile.checkpoint.quantize import quantize_checkpoint
+
+    console = Console()
+    report = quantize_checkpoint(
+        parsed.source,
+        parsed.destination,
+        include=parsed.include,
+        exclude=parsed.exclude,
+        search=parsed.search,
+        share=parsed.share,
+        shard_bytes=int(parsed.shard_gib * 2**30),
+        console=console,
+    )
+    if report.resumed:
+        console.print(f"{report.resumed} files of an interrupted run were kept")
+    if report.quantized:
+        console.print(report.table("kind"), *([report.table("layer")] if parsed.layers else []))
+    console.print(report.summary(), markup=False, highlight=False)
+    return 0
+
+
 def model_on_meta(config_path: str | None, num_layers: int | Literal["every kind"] | None = None) -> Any:
     """Builds a HuggingFace causal language model on the meta device, in bf16, from its config alone.
 
@@ -132,7 +177,7 @@ def _layers_of_every_kind(config: Any) -> int:
     return max([1, *(values.index(kind) + 1 for values in kinds for kind in set(values))])
 
 
-_COMMANDS = {"demo": _demo, "explain": _explain, "warm": _warm}
+_COMMANDS = {"demo": _demo, "explain": _explain, "warm": _warm, "quantize": _quantize}
 
 if __name__ == "__main__":
     sys.exit(main())
