@@ -237,6 +237,8 @@ def _reason(
         return f"excluded by {pattern!r}"
     if include is None and len(source.shape) == 2 and not spellings[0].endswith("weight"):
         return "2-D, but not named weight"
+    if include is None and "embed" in spellings[0]:
+        return "embedding, by its name"
     dtype = _DTYPES.get(data.dtype, torch.bfloat16) if source.format == "plain" else torch.bfloat16
     meta = torch.empty(source.shape, dtype=dtype, device="meta")
     return ineligible_reason(spellings[0], meta, None if include is None else ("*",), exclude, names)

@@ -92,12 +92,13 @@ def pack_weight(weight: Tensor, amax: Tensor, search: str = "none") -> Packing:
         part = slice(start, min(n, start + rows))
         work = buffers.first(part.stop - start)
         work.x.copy_(weight[part])
-        signal += _total(_block_squares(work.x, work))
+        signal += _total(_squares(work.x, global_scale, work.scratch))
         nearest, best = _pack_part(work, global_scale, search, block_scales[part])
         nearest_noise += nearest
         noise += best
         _pack_pairs(work.codes, codes[part])
-    return Packing(Packed(codes, block_scales, global_scale), signal, noise, nearest_noise)
+    unit = float(global_scale) ** 2
+    return Packing(Packed(codes, block_scales, global_scale), signal * unit, noise * unit, nearest_noise * unit)
 
 
 class _Buffers:
@@ -117,7 +118,7 @@ class _Buffers:
 
 
 def _pack_part(work: _Buffers, global_scale: Tensor, search: str, block_scales: Tensor) -> tuple[float, float]:
-    """Fills ``work.codes`` and ``block_scales``; returns the squared errors of the nearest and of the chosen scales."""
+    """Fills ``work.codes`` and ``block_scales``; returns squared errors / gs^2, of nearest and chosen scales."""
     block_amax = _blocks(work.x).abs().amax(dim=-1)
     block_scales.copy_((block_amax / (global_scale * nvfp4.E2M1_MAX)).clamp_(max=nvfp4.E4M3_MAX))
     errors = _encode(work, block_scales.to(torch.float32), global_scale, work.codes)
@@ -148,7 +149,7 @@ def _candidates(search: str, block_amax: Tensor, nearest: Tensor, global_scale: 
 
 
 def _encode(work: _Buffers, scale: Tensor, global_scale: Tensor, codes: Tensor) -> Tensor:
-    """``e2m1(x / (scale * global_scale))`` into ``codes`` (int32, 0..15); returns the squared error of each block.
+    """``e2m1(x / (scale * global_scale))`` into ``codes`` (int32, 0..15); returns each block's squared error / gs^2.
 
     With ``m = min(|q|, 6)``, ``p = max(1, 2^floor(log2 m))`` and ``C = p 2^22``, the fp32 sum ``m + C`` rounds m to a
     multiple of ``p/2``, ties to even: E2M1's own step and, as its codes count these steps, its own ties. The bits of
@@ -165,7 +166,7 @@ def _encode(work: _Buffers, scale: Tensor, global_scale: Tensor, codes: Tensor) 
     steps = m.view(torch.int32)
     count = steps - rounder
     error = magnitude.sub_(m.sub_(rounder.view(torch.float32)))  # |q| less its rounded self
-    squares = _blocks(error.square_()).sum(dim=-1).mul_(unit.square())
+    squares = _blocks(error.square_()).sum(dim=-1).mul_(scale.square())
     # rounder is codes' memory; from here on it becomes the codes.
     codes.bitwise_right_shift_(_MANTISSA_BITS - 1).sub_(2 * (_EXPONENT_BIAS + _ROUNDING_EXPONENT)).add_(count)
     torch.bitwise_right_shift(work.q.view(torch.int32), 28, out=count)
@@ -173,7 +174,7 @@ def _encode(work: _Buffers, scale: Tensor, global_scale: Tensor, codes: Tensor) 
     is_zero = scale == 0
     if bool(is_zero.any()):
         _blocks(codes).masked_fill_(is_zero.unsqueeze(-1), 0)
-        squares = torch.where(is_zero, _blocks(work.x.square()).sum(dim=-1), squares)
+        squares = torch.where(is_zero, _squares(work.x, global_scale, work.scratch), squares)
     return squares
 
 
@@ -187,8 +188,9 @@ def _blocks(x: Tensor) -> Tensor:
     return x.view(x.shape[0], -1, nvfp4.BLOCK_SIZE)
 
 
-def _block_squares(x: Tensor, work: _Buffers) -> Tensor:
-    return _blocks(torch.mul(x, x, out=work.scratch)).sum(dim=-1)
+def _squares(x: Tensor, global_scale: Tensor, scratch: Tensor) -> Tensor:
+    """Sum of each block's ``(x / gs)^2``: at most 2688^2 an element, whatever the weight's magnitude."""
+    return _blocks(torch.mul(x, 1.0 / global_scale, out=scratch).square_()).sum(dim=-1)
 
 
 def _total(values: Tensor) -> float:
