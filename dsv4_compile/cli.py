@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -64,6 +65,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     quantize.add_argument("--shard-gib", type=float, default=2.0, help="size at which an output file ends (default 2)")
     quantize.add_argument("--layers", action="store_true", help="show the SQNR of each layer too")
+
+    compare = commands.add_parser("compare", help="show module by module how far two checkpoints are apart")
+    compare.add_argument("reference", help="folder of a HuggingFace model: config.json and weights")
+    compare.add_argument(
+        "other", nargs="?", help="checkpoint of the same model; without it, the reference packed to NVFP4"
+    )
+    compare.add_argument("--layers", type=int, help="look at the first layers only")
+    compare.add_argument(
+        "--text", metavar="FILE", help="run on this text, by the reference's tokenizer, not on random ids"
+    )
+    compare.add_argument("--tokens", type=int, default=64, help="most tokens of the input (default 64)")
+    compare.add_argument("--limit", type=int, default=30, help="modules to show, 0 for all (default 30)")
+    compare.add_argument("--plot", metavar="FILE", help="draw a PNG, SVG or PDF")
+    compare.add_argument("--json", metavar="FILE", help="write all figures")
 
     parsed = parser.parse_args(arguments)
     try:
@@ -137,6 +152,49 @@ def _quantize(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(parsed: argparse.Namespace) -> int:
+    from dsv4_compile.checkpoint import load_checkpoint
+    from dsv4_compile.comparison import compare
+    from dsv4_compile.quantization import quantize_
+
+    for option in ("tokens", "limit"):
+        if getattr(parsed, option) < (option == "tokens"):
+            raise ValueError(f"--{option} must be at least {int(option == 'tokens')}, got {getattr(parsed, option)}")
+    logging.getLogger("dsv4_compile").setLevel(logging.ERROR)
+    console = Console()
+    with console.status("reading the reference") as status:
+        models = [model_on_meta(parsed.reference, parsed.layers) for _ in range(2)]
+        load_checkpoint(models[0], parsed.reference, strict=parsed.layers is None)
+        status.update("reading the other model")
+        load_checkpoint(models[1], parsed.other or parsed.reference, strict=parsed.layers is None)
+        if parsed.other is None:
+            status.update("packing its copy to NVFP4")
+            quantize_(models[1])
+        input_ids = _input_ids(parsed, models[0].config)
+        found = compare(models[0], models[1], {"input_ids": input_ids, "use_cache": False}, progress=status.update)
+    console.print(found.table(parsed.limit or None))
+    console.print(found.summary(), markup=False, highlight=False)
+    if parsed.json:
+        found.save(parsed.json)
+    if parsed.plot:
+        found.plot(parsed.plot)
+    return 0
+
+
+def _input_ids(parsed: argparse.Namespace, config: Any) -> torch.Tensor:
+    """Ids [1, tokens]: those of a text, or random ones, always the same."""
+    if parsed.text is None:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(config.vocab_size, (1, parsed.tokens), generator=generator)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(parsed.reference, local_files_only=True)
+    ids = tokenizer(Path(parsed.text).read_text(encoding="utf-8"))["input_ids"][: parsed.tokens]
+    if not ids:
+        raise ValueError(f"--text must hold at least one token, got {parsed.text}")
+    return torch.tensor([ids])
+
+
 def model_on_meta(config_path: str | None, num_layers: int | Literal["every kind"] | None = None) -> Any:
     """Builds a HuggingFace causal language model on the meta device, in bf16, from its config alone.
 
@@ -177,7 +235,7 @@ def _layers_of_every_kind(config: Any) -> int:
     return max([1, *(values.index(kind) + 1 for values in kinds for kind in set(values))])
 
 
-_COMMANDS = {"demo": _demo, "explain": _explain, "warm": _warm, "quantize": _quantize}
+_COMMANDS = {"demo": _demo, "explain": _explain, "warm": _warm, "quantize": _quantize, "compare": _compare}
 
 if __name__ == "__main__":
     sys.exit(main())
