@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="experts",
         help="weights with one global scale: gate and up of an expert (default), all that engines merge, none",
     )
-    quantize.add_argument("--shard-gib", type=float, default=2.0, help="size at which an output file ends (default 2)")
+    quantize.add_argument("--shard-gib", type=float, default=1.0, help="size at which an output file ends (default 1)")
     quantize.add_argument("--layers", action="store_true", help="show the SQNR of each layer too")
 
     compare = commands.add_parser("compare", help="show module by module how far two checkpoints are apart")

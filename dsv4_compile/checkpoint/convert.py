@@ -16,7 +16,7 @@ from dsv4_compile.checkpoint.conversion import Piece, Unit
 from dsv4_compile.checkpoint.decode import E8M0_BIAS, E8M0_NAN, BadScalesError, mxfp4_to_nvfp4, read_float, read_packed
 from dsv4_compile.checkpoint.formats import MXFP4_BLOCK, Source
 from dsv4_compile.checkpoint.index import Checkpoint, CheckpointError
-from dsv4_compile.checkpoint.packing import Packing, finite_amax, pack_weight
+from dsv4_compile.checkpoint.packing import Packing, Workers, finite_amax, pack_weight
 
 
 @dataclass
@@ -58,7 +58,9 @@ class WeightRecord:
         return WeightRecord(**known | {"shape": tuple(value["shape"])})
 
 
-def convert(checkpoint: Checkpoint, unit: Unit, search: str) -> tuple[dict[str, Tensor], list[WeightRecord]]:
+def convert(
+    checkpoint: Checkpoint, unit: Unit, search: str, workers: Workers | None = None
+) -> tuple[dict[str, Tensor], list[WeightRecord]]:
     """The tensors of a unit by their names in the result, and a record of each weight.
 
     Raises:
@@ -70,10 +72,10 @@ def convert(checkpoint: Checkpoint, unit: Unit, search: str) -> tuple[dict[str, 
         if unit.action == "keep":
             return _keep(checkpoint, unit)
         if unit.pieces[0].source.format == "mxfp4":
-            return _take_over_mxfp4(checkpoint, unit, search)
+            return _take_over_mxfp4(checkpoint, unit, search, workers)
         if unit.action == "take_over":
             return _take_over(checkpoint, unit)
-        return _quantize(checkpoint, unit, search)
+        return _quantize(checkpoint, unit, search, workers)
     except BadScalesError as error:
         raise CheckpointError(f"quantize: {checkpoint.path}", [str(error)]) from error
 
@@ -106,7 +108,9 @@ def _take_over(checkpoint: Checkpoint, unit: Unit) -> tuple[dict[str, Tensor], l
     return _named(piece.name, *parts), [_record(unit, piece)]
 
 
-def _take_over_mxfp4(checkpoint: Checkpoint, unit: Unit, search: str) -> tuple[dict[str, Tensor], list[WeightRecord]]:
+def _take_over_mxfp4(
+    checkpoint: Checkpoint, unit: Unit, search: str, workers: Workers | None
+) -> tuple[dict[str, Tensor], list[WeightRecord]]:
     """Codes as they are where the exponents allow it, gate and up together if both fit one global scale."""
     stored = [_mxfp4_parts(checkpoint, piece.source) for piece in unit.pieces]
     joint, is_exact = mxfp4_to_nvfp4(*(torch.cat(parts) for parts in zip(*stored, strict=True)))
@@ -125,7 +129,7 @@ def _take_over_mxfp4(checkpoint: Checkpoint, unit: Unit, search: str) -> tuple[d
             records.append(_record(unit, piece))
             continue
         weight = _mxfp4_values(*parts)
-        packing = pack_weight(weight, finite_amax(weight), search)
+        packing = pack_weight(weight, finite_amax(weight, workers), search, workers)
         tensors |= _named(piece.name, *packing.packed)
         records.append(_quantized_record(unit, piece, packing, "MXFP4 exponents span more than 17"))
     return tensors, records
@@ -143,19 +147,21 @@ def _mxfp4_values(codes: Tensor, exponents: Tensor) -> Tensor:
     return torch.ldexp(values, exponents.to(torch.int32).sub_(E8M0_BIAS).unsqueeze(-1)).flatten(-2)
 
 
-def _quantize(checkpoint: Checkpoint, unit: Unit, search: str) -> tuple[dict[str, Tensor], list[WeightRecord]]:
+def _quantize(
+    checkpoint: Checkpoint, unit: Unit, search: str, workers: Workers | None
+) -> tuple[dict[str, Tensor], list[WeightRecord]]:
     weights = [_read_weight(checkpoint, piece) for piece in unit.pieces]
     amaxes = []
     for piece, weight in zip(unit.pieces, weights, strict=True):
         try:
-            amaxes.append(finite_amax(weight))
+            amaxes.append(finite_amax(weight, workers))
         except ValueError as error:
             raise CheckpointError(f"quantize: {checkpoint.path}", [f"{piece.source.name}: {error}"]) from error
     amax = torch.stack(amaxes).amax()  # one weight, or gate and up, which share a global scale
     tensors: dict[str, Tensor] = {}
     records = []
     for piece, weight in zip(unit.pieces, weights, strict=True):
-        packing = pack_weight(weight, amax, search)
+        packing = pack_weight(weight, amax, search, workers)
         tensors |= _named(piece.name, *packing.packed)
         records.append(_quantized_record(unit, piece, packing, ""))
     return tensors, records

@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ from dsv4_compile.checkpoint.conversion import SHARES, Plan, Unit, plan_conversi
 from dsv4_compile.checkpoint.convert import WeightRecord, checksum, convert
 from dsv4_compile.checkpoint.formats import recognise
 from dsv4_compile.checkpoint.index import INDEX_SUFFIX, Checkpoint, CheckpointError, open_checkpoint
-from dsv4_compile.checkpoint.packing import SEARCHES
+from dsv4_compile.checkpoint.packing import SEARCHES, Workers
 from dsv4_compile.checkpoint.quantization_report import QuantizationReport
 from dsv4_compile.quantization import DEFAULT_EXCLUDE
 
 REPORT = "quantization_report.json"
 WORK = ".dsv4-quantize"  # in the destination, while it is unfinished: the job, its lock, a record of each finished file
-SHARD_BYTES = 2 << 30
+SHARD_BYTES = 1 << 30
 
 _CONFIGS = ("config.json", "hf_quant_config.json", f"model{INDEX_SUFFIX}", REPORT)
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
@@ -53,8 +54,8 @@ def quantize_checkpoint(
     NVFP4 weights are taken over. What is left alone stays as it is, FP8 and MXFP4 as bf16. MTP weights are copied in
     their own form. No static activation scale is written: this package never uses one.
 
-    Memory: one output file, and one weight while it is converted. Each file is written beside its place, synced and
-    renamed. A run that was killed goes on with its next file when it is started again with the same arguments, and its
+    Memory: two output files, one of which is being written, and one weight while it is converted. Each file is written
+    beside its place, synced and renamed. A run that was killed goes on with its next file when it is started again with the same arguments, and its
     result is byte for byte that of an undisturbed one. At the end every tensor is read back and its checksum compared.
 
     Args:
@@ -205,36 +206,41 @@ def _run(
 ) -> QuantizationReport:
     """Writes what is not written yet, then reads everything back."""
     work = destination / WORK
+    shards = dict(zip(plan.files, plan.shards, strict=True))
     records: dict[str, dict[str, Any]] = {}
     for file in plan.files:
         if (work / f"{file}.json").is_file() and (destination / file).is_file():
             records[file] = json.loads((work / f"{file}.json").read_text(encoding="utf-8"))
     resumed = len(records)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=console is None, transient=True) as progress:
-        done = sum(_bytes_read(units) for file, units in zip(plan.files, plan.shards, strict=True) if file in records)
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=console is None, transient=True)
+    with progress, Workers() as workers:
+        done = sum(_bytes_read(shards[file]) for file in records)
         task = progress.add_task("quantising", total=_bytes_read(plan.units), completed=done)
-        for file, units in zip(plan.files, plan.shards, strict=True):
-            if file not in records:
-                records[file] = _write_shard(checkpoint, units, destination / file, search, progress, task)
+        with ThreadPoolExecutor(1) as writer:  # a file is written while the next one is made
+            writing: list[tuple[str, Future[dict[str, Any]]]] = []
+            for file in plan.files:
+                if file in records:
+                    continue
+                tensors, weights = _make_shard(checkpoint, shards[file], search, workers, progress, task)
+                records |= {name: future.result() for name, future in writing}
+                writing = [(file, writer.submit(_write_shard, destination / file, tensors, weights))]
+                del tensors
+            records |= {name: future.result() for name, future in writing}
         task = progress.add_task("verifying", total=sum(unit.bytes_written for unit in plan.units))
-        problems = []
-        for file, units in zip(plan.files, plan.shards, strict=True):
-            found = _verify(destination / file, units, records[file]["checksums"], progress, task)
+
+        def verify(file: str) -> list[str]:
+            found = _verify(destination / file, shards[file], records[file]["checksums"])
             if found:
                 (work / f"{file}.json").unlink()  # a new run writes it again
-            problems.extend(found)
+            progress.advance(task, sum(unit.bytes_written for unit in shards[file]))
+            return found
+
+        problems = [problem for found in workers.map(verify, plan.files) for problem in found]
     if problems:
         raise CheckpointError(f"quantize: {destination}", problems)
-    weights = [WeightRecord.from_json(weight) for file in plan.files for weight in records[file]["weights"]]
     return QuantizationReport(
-        weights=weights,
+        weights=[WeightRecord.from_json(weight) for file in plan.files for weight in records[file]["weights"]],
         search=search,
         bytes_before=checkpoint.num_bytes,
         bytes_after=sum(unit.bytes_written for unit in plan.units),
@@ -248,14 +254,14 @@ def _bytes_read(units: Iterable[Unit]) -> int:
     return sum(unit.bytes_read for unit in units)
 
 
-def _write_shard(
-    checkpoint: Checkpoint, units: Sequence[Unit], file: Path, search: str, progress: Progress, task: Any
-) -> dict[str, Any]:
+def _make_shard(
+    checkpoint: Checkpoint, units: Sequence[Unit], search: str, workers: Workers, progress: Progress, task: Any
+) -> tuple[dict[str, Tensor], list[WeightRecord]]:
     tensors: dict[str, Tensor] = {}
     weights: list[WeightRecord] = []
     mapped = 0
     for unit in units:
-        parts, records = convert(checkpoint, unit, search)
+        parts, records = convert(checkpoint, unit, search, workers)
         tensors |= parts
         weights.extend(records)
         mapped += unit.bytes_read
@@ -264,6 +270,11 @@ def _write_shard(
             mapped = 0
         progress.advance(task, unit.bytes_read)
     checkpoint.close()
+    return tensors, weights
+
+
+def _write_shard(file: Path, tensors: dict[str, Tensor], weights: Sequence[WeightRecord]) -> dict[str, Any]:
+    """Writes a file and then its record, whose being there says that the file is whole."""
     record = {
         "weights": [weight.as_json() for weight in weights],
         "checksums": {name: checksum(tensor) for name, tensor in tensors.items()},
@@ -274,24 +285,22 @@ def _write_shard(
     return record
 
 
-def _verify(file: Path, units: Sequence[Unit], checksums: dict[str, str], progress: Progress, task: Any) -> list[str]:
+def _verify(file: Path, units: Sequence[Unit], checksums: dict[str, str]) -> list[str]:
     """Reads a file back; returns what is not as planned and as it was in memory."""
     problems: list[str] = []
     with open_checkpoint(file) as written:
         problems.extend(written.problems)
-        for unit in units:
-            for name, (dtype, shape) in unit.tensors().items():
-                entry = written.entries.get(name)
-                if entry is None or (entry.dtype, entry.shape) != (dtype, shape):
-                    found = "nothing" if entry is None else f"{entry.dtype} {entry.shape}"
-                    problems.append(f"{file.name}: {name} must be {dtype} {shape}, got {found}")
-                    continue
-                tensor = written.read(name)
-                if checksum(tensor) != checksums.get(name):
-                    problems.append(f"{file.name}: {name} must have the checksum it had in memory")
-                elif unit.is_packed and name.endswith(("_scale", "_scale_2")) and not _are_scales(tensor):
-                    problems.append(f"{file.name}: {name} must hold finite scales that are not negative")
-            progress.advance(task, unit.bytes_written)
+        for unit, name, dtype, shape in ((u, n, d, s) for u in units for n, (d, s) in u.tensors().items()):
+            entry = written.entries.get(name)
+            if entry is None or (entry.dtype, entry.shape) != (dtype, shape):
+                found = "nothing" if entry is None else f"{entry.dtype} {entry.shape}"
+                problems.append(f"{file.name}: {name} must be {dtype} {shape}, got {found}")
+                continue
+            tensor = written.read(name)
+            if checksum(tensor) != checksums.get(name):
+                problems.append(f"{file.name}: {name} must have the checksum it had in memory")
+            elif unit.is_packed and dtype in ("F8_E4M3", "F32") and not _are_scales(tensor):
+                problems.append(f"{file.name}: {name} must hold finite scales that are not negative")
     if set(written.entries) - set(checksums):
         problems.append(f"{file.name}: must hold planned tensors only")
     return problems

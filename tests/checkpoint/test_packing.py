@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv4_compile import nvfp4
-from dsv4_compile.checkpoint.packing import SEARCHES, finite_amax, pack_weight, sqnr_db
+from dsv4_compile.checkpoint.packing import SEARCHES, Workers, finite_amax, pack_weight, sqnr_db
 
 
 def ties(n: int, k: int) -> Tensor:
@@ -51,6 +51,20 @@ def test_matches_reference(kind: str, shape: tuple[int, int], dtype: torch.dtype
     assert torch.equal(packing.packed.codes, codes)
     assert torch.equal(packing.packed.block_scales.view(torch.uint8), block_scales.view(torch.uint8))
     assert torch.equal(packing.packed.global_scale, global_scale)
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_workers_change_nothing(search: str) -> None:
+    """Guards against sums, and so reports, that depend on the number of cores, and against threads left changed."""
+    weight = torch.randn(1000, 1024)
+    alone = pack_weight(weight, finite_amax(weight), search)
+    before = torch.get_num_threads()
+    with Workers(3) as workers:
+        shared = pack_weight(weight, finite_amax(weight, workers), search, workers)
+    assert torch.get_num_threads() == before
+    assert (shared.signal, shared.noise, shared.nearest_noise) == (alone.signal, alone.noise, alone.nearest_noise)
+    for ours, theirs in zip(shared.packed, alone.packed, strict=True):
+        assert torch.equal(ours.flatten().view(torch.uint8), theirs.flatten().view(torch.uint8))
 
 
 def test_all_zeros() -> None:
