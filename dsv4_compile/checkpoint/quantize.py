@@ -55,8 +55,9 @@ def quantize_checkpoint(
     their own form. No static activation scale is written: this package never uses one.
 
     Memory: two output files, one of which is being written, and one weight while it is converted. Each file is written
-    beside its place, synced and renamed. A run that was killed goes on with its next file when it is started again with the same arguments, and its
-    result is byte for byte that of an undisturbed one. At the end every tensor is read back and its checksum compared.
+    beside its place, synced and renamed. A run that was killed goes on with its next file when it is started again with
+    the same arguments, and its result is byte for byte that of an undisturbed one. At the end every tensor is read back
+    and its checksum compared.
 
     Args:
         source: a ``.safetensors`` file, an ``index.json``, or a folder with either; bf16, FP8 or DeepSeek's own.
