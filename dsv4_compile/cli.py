@@ -42,6 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warm.add_argument("--activations", choices=ACTIVATIONS, default="nvfp4", help="bf16 for W4A16")
     warm.add_argument("--jobs", type=int, help="compiling processes (default one a core, at most 8)")
 
+    inspect = commands.add_parser("inspect", help="show what a checkpoint holds, in which formats, and its problems")
+    inspect.add_argument("path", help="a .safetensors file, an index.json, or a folder with either")
+    inspect.add_argument("--headers-only", action="store_true", help="do not read the scales")
+
     parsed = parser.parse_args(arguments)
     try:
         return _COMMANDS[parsed.command](parsed)
@@ -92,6 +96,17 @@ def _warm(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _inspect(parsed: argparse.Namespace) -> int:
+    from dsv4_compile.checkpoint import inspect
+
+    console = Console()
+    with console.status("reading headers" if parsed.headers_only else "reading headers and scales"):
+        found = inspect(parsed.path, scales=not parsed.headers_only)
+    console.print(found.table())
+    console.print(found.summary(), markup=False, highlight=False)
+    return 1 if found.problems else 0
+
+
 def model_on_meta(config_path: str | None, num_layers: int | Literal["every kind"] | None = None) -> Any:
     """Builds a HuggingFace causal language model on the meta device, in bf16, from its config alone.
 
@@ -132,7 +147,7 @@ def _layers_of_every_kind(config: Any) -> int:
     return max([1, *(values.index(kind) + 1 for values in kinds for kind in set(values))])
 
 
-_COMMANDS = {"demo": _demo, "explain": _explain, "warm": _warm}
+_COMMANDS = {"demo": _demo, "explain": _explain, "warm": _warm, "inspect": _inspect}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,7 +15,7 @@ from dsv4_compile.checkpoint.index import Checkpoint
 LOWEST_EXPONENT, HIGHEST_EXPONENT = -9, 8
 MXFP4_SPAN = HIGHEST_EXPONENT - LOWEST_EXPONENT
 E8M0_BIAS, E8M0_NAN = 127, 255
-_ROWS_AT_ONCE = 1 << 23  # elements of a weight that are expanded to fp32 at a time
+_ELEMENTS_AT_ONCE = 1 << 20  # of a weight that are expanded to fp32 at a time
 
 
 class Packed(NamedTuple):
@@ -139,7 +139,7 @@ def _fp8_to_float(checkpoint: Checkpoint, source: Source, out: Tensor) -> Tensor
     row_scales = scale.reshape(*lead, -(-n // rows), -(-k // columns))
     flat_data, flat_out = data.reshape(-1, n, k), out.view(-1, n, k)
     flat_scales = row_scales.reshape(flat_data.shape[0], *row_scales.shape[-2:])
-    step = max(rows, _ROWS_AT_ONCE // max(1, k) // rows * rows)
+    step = max(rows, _ELEMENTS_AT_ONCE // max(1, k) // rows * rows)
     for matrix, scales, target in zip(flat_data, flat_scales, flat_out, strict=True):
         for start in range(0, n, step):
             part = matrix[start : start + step].to(torch.float32)

@@ -18,6 +18,7 @@ FORMAT_NAMES: Mapping[str, str] = {
     "mxfp4": "MXFP4",
     "fp8": "FP8",
 }
+PACKED_FORMATS = ("nvfp4", "nvfp4_ct", "mxfp4")
 MXFP4_BLOCK = 32
 FP8_BLOCKS = (128, 64, 32)
 
@@ -90,8 +91,8 @@ class _UnknownFormatError(Exception):
 
 
 def _is_scale_of_another(name: str, entries: Mapping[str, Entry]) -> bool:
-    if name.endswith(".scale"):
-        return f"{name.removesuffix('.scale')}.weight" in entries
+    if name.rpartition(".")[2] == "scale":
+        return f"{name.removesuffix('scale')}weight" in entries
     for suffix in ("_scale_2", "_scale_inv", "_global_scale", "_scale"):
         if name.endswith(suffix):
             base = name.removesuffix(suffix)
@@ -101,7 +102,8 @@ def _is_scale_of_another(name: str, entries: Mapping[str, Entry]) -> bool:
 
 def _source(name: str, entry: Entry, entries: Mapping[str, Entry]) -> Source:
     base = name.removesuffix("_packed") if f"{name.removesuffix('_packed')}_scale" in entries else name
-    native_scale = entries.get(f"{name.removesuffix('.weight')}.scale") if name.endswith(".weight") else None
+    is_weight = name.rpartition(".")[2] == "weight"
+    native_scale = entries.get(f"{name.removesuffix('weight')}scale") if is_weight else None
     scale = native_scale or entries.get(f"{base}_scale") or entries.get(f"{base}_scale_inv")
     if entry.dtype in ("U8", "I8"):
         if scale is None:

@@ -6,14 +6,15 @@ import re
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-# DeepSeek's own names -> HuggingFace's, applied in this order. What no rule touches is HuggingFace's already.
+# DeepSeek's own names -> HuggingFace's, applied in this order to the name with a dot in front, so that a layer or a
+# block by itself is named as it is within a model. What no rule touches is HuggingFace's already.
 # Source: the weight names of deepseek-ai/DeepSeek-V4 and transformers' DeepseekV4 modules.
 _RENAMES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"^embed\.weight$", "embed_tokens.weight"),
-        (r"^head\.weight$", "lm_head.weight"),
-        (r"(^|\.)hc_head_(fn|base|scale)$", r"\1hc_head.hc_\2"),
+        (r"^\.embed\.weight$", ".embed_tokens.weight"),
+        (r"^\.head\.weight$", ".lm_head.weight"),
+        (r"\.hc_head_(fn|base|scale)$", r".hc_head.hc_\1"),
         (r"\.attn\.", ".self_attn."),
         (r"\.ffn\.", ".mlp."),
         (r"\.block_sparse_moe\.", ".mlp."),
@@ -62,9 +63,10 @@ class Slot(NamedTuple):
 
 def huggingface_name(name: str) -> str:
     """The name that HuggingFace's modules use, without regard to a leading ``model.``."""
+    name = f".{name}"
     for pattern, replacement in _RENAMES:
         name = pattern.sub(replacement, name)
-    return name
+    return name[1:]
 
 
 def find_slot(name: str, parameters: Collection[str]) -> Slot | None:
