@@ -6,19 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from dsv4_compile import nvfp4
-from dsv4_compile.checkpoint.decode import BadScalesError, Packed, read_float, read_packed
-from dsv4_compile.checkpoint.formats import PACKED_FORMATS, recognise
-from dsv4_compile.checkpoint.index import Checkpoint, CheckpointError, open_checkpoint
+from dsv4_compile.checkpoint.decode import BadScalesError, Packed, fill_packed, global_scale_shape, read_float
+from dsv4_compile.checkpoint.formats import PACKED_FORMATS, Source, recognise
+from dsv4_compile.checkpoint.index import TORCH_DTYPES, Checkpoint, CheckpointError, open_checkpoint
 from dsv4_compile.checkpoint.names import Slot
-from dsv4_compile.checkpoint.plan import HALVES, LoadReport, Target, plan, recompute_buffers, tensors_of
+from dsv4_compile.checkpoint.plan import HALVES, LoadReport, Target, other_buffers, plan, tensors_of
 from dsv4_compile.quantization import DEFAULT_EXCLUDE, ineligible_reason
 from dsv4_compile.tensor import Nvfp4Tensor
 
 FP8_TO = ("bfloat16", "nvfp4")
+_LONG_BYTES = 1 << 30  # from here on there is a progress bar
 
 
 def load_checkpoint(
@@ -35,15 +36,16 @@ def load_checkpoint(
     Reads ModelOpt NVFP4 (full, or experts only with FP8 for the rest), compressed-tensors NVFP4 and FP8, DeepSeek's own
     MXFP4 and FP8, and plain floats; what each weight is, its own tensors say. NVFP4 and MXFP4 weights become packed
     parameters, :class:`Nvfp4Tensor`; the others plain ones. Static activation scales (``input_scale``) are reported and
-    never used. Experts stored one by one are stacked into the model's 3-D parameters.
+    never used, weights of multi-token-prediction modules are reported and left out unless the model has such modules.
+    Experts stored one by one are stacked into the model's 3-D parameters.
 
     The new tensors are allocated beside the model's and take their place at the end. A model on the meta device has
-    none: then the memory needed is that of the packed weights and what one weight takes while it is converted.
+    none: then the memory needed is that of the loaded weights and at most two stored tensors.
 
     Args:
         model: any module tree whose names are HuggingFace's, on any device, meta too.
         path: a ``.safetensors`` file, an ``index.json``, or a folder with either.
-        device: of the new tensors; by default that of the tensors they replace, the CPU for meta ones.
+        device: of the model afterwards; by default that of the tensors that are replaced, the CPU for meta ones.
         fp8: what FP8 weights become: ``bfloat16`` (the parameter's dtype), or ``nvfp4``, quantised anew where
             :func:`quantize_` would pack them.
         experts: the experts that this model holds, for expert parallelism: its stacked parameters have ``len(experts)``
@@ -64,17 +66,19 @@ def load_checkpoint(
         not isinstance(experts, range) or experts.step != 1 or not experts or experts.start < 0
     ):
         raise ValueError(f"load_checkpoint: experts must be a range of expert numbers with step 1, got {experts!r}")
+    if device is not None and torch.device(device).type == "meta":
+        raise ValueError("load_checkpoint: device must be one that holds data, got meta")
     report = LoadReport()
     with open_checkpoint(path) as checkpoint:
         contents = recognise(checkpoint)
         problems = checkpoint.problems + contents.problems
         report.ignored_activation_scales = contents.activation_scales
         targets = plan(model, contents, experts, strict, report, problems)
-        fresh_buffers = recompute_buffers(model, targets, device, report, problems)
+        buffers = other_buffers(model, targets, device, report, problems)
         if problems:
             raise CheckpointError(f"load_checkpoint: {path}", problems)
         filled = _fill(checkpoint, targets, device, fp8, set(tensors_of(model)), report)
-    _replace(model, filled, fresh_buffers)
+    _replace(model, filled, buffers)
     return report
 
 
@@ -85,25 +89,29 @@ def _fill(
     fp8: str,
     names: set[str],
     report: LoadReport,
-) -> dict[int, tuple[Target, Tensor]]:
+) -> dict[int, nn.Parameter]:
     """The new tensors by the identity of those they replace, read in the order of the files."""
-    filled: dict[int, tuple[Target, Tensor]] = {}
+    filled: dict[int, nn.Parameter] = {}
     problems: list[str] = []
-    order = sorted(targets, key=lambda target: min(str(s.parts["data"].file) for s in target.sources.values()))
-    with Progress(transient=True, disable=not _is_long(checkpoint)) as progress:
-        task = progress.add_task("loading", total=checkpoint.num_bytes)
+    order = sorted(targets, key=lambda target: min(_position(source) for source in target.sources.values()))
+    total = sum(source.num_bytes for target in targets for source in target.sources.values())
+    with Progress(console=Console(stderr=True), transient=True, disable=total < _LONG_BYTES) as progress:
+        task = progress.add_task("loading", total=total)
         for target in order:
             where = torch.device(device) if device is not None else target.tensor.device
             where = torch.device("cpu") if where.type == "meta" else where
+            formats = {source.format for source in target.sources.values()}
             try:
-                if next(iter(target.sources.values())).format in PACKED_FORMATS:
-                    tensor: Tensor = _fill_packed(checkpoint, target, where, report)
+                if formats & set(PACKED_FORMATS) or (
+                    fp8 == "nvfp4" and formats == {"fp8"} and _would_pack(target, names)
+                ):
+                    tensor: Tensor = _packed(checkpoint, target, where, report)
                 else:
-                    tensor = _fill_plain(checkpoint, target, where, fp8, names, report)
+                    tensor = _plain(checkpoint, target, where, report)
             except BadScalesError as problem:
                 problems.append(str(problem))
                 continue
-            filled[id(target.tensor)] = target, tensor
+            filled[id(target.tensor)] = nn.Parameter(tensor, requires_grad=False)
             report.parameters += 1
             for source in target.sources.values():
                 report.formats[source.format] += 1
@@ -114,8 +122,16 @@ def _fill(
     return filled
 
 
-def _is_long(checkpoint: Checkpoint) -> bool:
-    return checkpoint.num_bytes > 1 << 30
+def _position(source: Source) -> tuple[str, int]:
+    data = source.parts["data"]
+    return data.file.name, data.offset
+
+
+def _would_pack(target: Target, names: set[str]) -> bool:
+    """Whether :func:`quantize_` packs a parameter, by its name and shape."""
+    if isinstance(target.owner, nn.Embedding) or (target.tensor.dim() == 2 and not target.name.endswith("weight")):
+        return False
+    return ineligible_reason(target.name, target.tensor, None, DEFAULT_EXCLUDE, names) is None
 
 
 def _rows(slot: Slot, shape: tuple[int, ...]) -> tuple[int | slice, ...]:
@@ -126,107 +142,55 @@ def _rows(slot: Slot, shape: tuple[int, ...]) -> tuple[int | slice, ...]:
     return (slot.expert, {"": slice(None), "gate": slice(0, half), "up": slice(half, None)}[slot.half])
 
 
-def _fill_packed(checkpoint: Checkpoint, target: Target, device: torch.device, report: LoadReport) -> Nvfp4Tensor:
+def _packed(checkpoint: Checkpoint, target: Target, device: torch.device, report: LoadReport) -> Nvfp4Tensor:
+    """Reads 4-bit and FP8 sources into the parts of one packed parameter."""
     shape = tuple(target.tensor.shape)
-    *lead, n, k = shape
-    codes = torch.empty((*lead, n, k // 2), dtype=torch.uint8, device=device)
-    block_scales = torch.empty((*lead, n, k // nvfp4.BLOCK_SIZE), dtype=torch.float8_e4m3fn, device=device)
-    has_halves = any(slot.half for slot in target.sources)
-    global_scale = torch.empty((*lead, 2) if has_halves else lead, dtype=torch.float32, device=device)
-    for slot, source in target.sources.items():
-        packed, is_exact = read_packed(checkpoint, source)
-        if not is_exact:
-            report.requantised[source.name] = "MXFP4 exponents span more than 17"
+    slots = target.sources
+    has_halves = any(slot.half for slot in slots)
+    is_whole = all(slot.expert is None for slot in slots)
+    scales = global_scale_shape(next(iter(slots.values()))) if is_whole else (shape[0], 2) if has_halves else shape[:1]
+    parts = Packed.empty(shape, scales, device)
+    for slot, source in slots.items():
         rows = _rows(slot, shape)
-        codes[rows].copy_(packed.codes)
-        block_scales[rows].view(torch.uint8).copy_(packed.block_scales.view(torch.uint8))
-        if slot.expert is None:
-            if global_scale.shape != packed.global_scale.shape and packed.global_scale.numel() != 1:
-                global_scale = torch.empty_like(packed.global_scale, device=device)
-            global_scale.copy_(
-                packed.global_scale.reshape(() if packed.global_scale.numel() == 1 else global_scale.shape)
-            )
-        else:
-            index = (slot.expert, HALVES.index(slot.half)) if has_halves else (slot.expert,)
-            global_scale[index].copy_(packed.global_scale.reshape(()))
+        scale = ... if slot.expert is None else (slot.expert, HALVES.index(slot.half)) if slot.half else slot.expert
+        out = Packed(parts.codes[rows], parts.block_scales[rows], parts.global_scale[scale])
+        here = out if device.type == "cpu" else Packed.empty(source.shape, global_scale_shape(source))
+        if reason := fill_packed(checkpoint, source, here):
+            report.requantised[source.name] = reason
+        if here is not out:
+            out.copy_(here)
     report.packed.append(target.name)
-    dtype = target.tensor.dtype
-    return Nvfp4Tensor(codes, block_scales, global_scale, dtype=dtype)
+    return Nvfp4Tensor(*parts, dtype=target.tensor.dtype)
 
 
-def _fill_plain(
-    checkpoint: Checkpoint, target: Target, device: torch.device, fp8: str, names: set[str], report: LoadReport
-) -> Tensor:
+def _plain(checkpoint: Checkpoint, target: Target, device: torch.device, report: LoadReport) -> Tensor:
+    """Reads plain and FP8 sources into one plain parameter or buffer."""
     shape, dtype = tuple(target.tensor.shape), target.tensor.dtype
-    sources = target.sources
-    is_fp8 = all(source.format == "fp8" for source in sources.values())
-    if fp8 == "nvfp4" and is_fp8 and _would_pack(target, names):
-        return _requantise(checkpoint, target, device, report)
-    stored = {source.parts["data"].dtype for source in sources.values() if source.format == "plain"}
-    if stored and stored != {_safetensors_dtype(dtype)}:
+    stored = {
+        TORCH_DTYPES[source.parts["data"].dtype] for source in target.sources.values() if source.format == "plain"
+    }
+    if stored and stored != {dtype}:
         report.cast.append(target.name)
     out = torch.empty(shape, dtype=dtype, device=device)
-    for slot, source in sources.items():
+    for slot, source in target.sources.items():
         rows = out[_rows(slot, shape)] if slot.expert is not None else out
-        if device.type == "cpu" or source.format == "plain":
+        if device.type == "cpu":
             read_float(checkpoint, source, dtype, out=rows)
         else:
             rows.copy_(read_float(checkpoint, source, dtype))
     return out
 
 
-def _would_pack(target: Target, names: set[str]) -> bool:
-    """Whether :func:`quantize_` packs a parameter, by its name and shape."""
-    if isinstance(target.owner, nn.Embedding) or (target.tensor.dim() == 2 and not target.name.endswith("weight")):
-        return False
-    return ineligible_reason(target.name, target.tensor, None, DEFAULT_EXCLUDE, names) is None
-
-
-def _requantise(checkpoint: Checkpoint, target: Target, device: torch.device, report: LoadReport) -> Nvfp4Tensor:
-    """FP8 weights quantised to NVFP4, one stored weight in fp32 at a time."""
-    shape = tuple(target.tensor.shape)
-    *lead, n, k = shape
-    codes = torch.empty((*lead, n, k // 2), dtype=torch.uint8, device=device)
-    block_scales = torch.empty((*lead, n, k // nvfp4.BLOCK_SIZE), dtype=torch.float8_e4m3fn, device=device)
-    has_halves = any(slot.half for slot in target.sources)
-    global_scale = torch.empty((*lead, 2) if has_halves else lead, dtype=torch.float32, device=device)
-    for slot, source in target.sources.items():
-        packed = Packed(*nvfp4.quantize_weight(read_float(checkpoint, source, torch.float32)))
-        rows = _rows(slot, shape)
-        codes[rows].copy_(packed.codes)
-        block_scales[rows].view(torch.uint8).copy_(packed.block_scales.view(torch.uint8))
-        if slot.expert is None:
-            global_scale.copy_(packed.global_scale)
-        else:
-            index = (slot.expert, HALVES.index(slot.half)) if has_halves else (slot.expert,)
-            global_scale[index].copy_(packed.global_scale)
-        report.requantised[source.name] = "FP8 to NVFP4, as asked for"
-    report.packed.append(target.name)
-    return Nvfp4Tensor(codes, block_scales, global_scale, dtype=target.tensor.dtype)
-
-
-_TORCH_TO_SAFETENSORS: Mapping[torch.dtype, str] = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-
-
-def _safetensors_dtype(dtype: torch.dtype) -> str:
-    return _TORCH_TO_SAFETENSORS.get(dtype, str(dtype))
-
-
 def _replace(
-    model: nn.Module, filled: Mapping[int, tuple[Target, Tensor]], buffers: list[tuple[nn.Module, str, Tensor]]
+    model: nn.Module, filled: Mapping[int, nn.Parameter], buffers: list[tuple[nn.Module, str, Tensor]]
 ) -> None:
     """Puts the new tensors in the places of the old ones, tied ones in all of theirs. Nothing here can fail."""
-    parameters: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, old in list(module._parameters.items()):
             if old is not None and id(old) in filled:
-                new = filled[id(old)][1]
-                module._parameters[name] = parameters.setdefault(id(old), nn.Parameter(new, requires_grad=False))
+                module._parameters[name] = filled[id(old)]
         for name, old_buffer in list(module._buffers.items()):
             if old_buffer is not None and id(old_buffer) in filled:
-                module._buffers[name] = filled[id(old_buffer)][1]
+                module._buffers[name] = filled[id(old_buffer)].data
     for module, name, value in buffers:
         module._buffers[name] = value

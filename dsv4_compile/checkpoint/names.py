@@ -41,6 +41,7 @@ _RENAMES = tuple(
     )
 )
 _EXPERT = re.compile(r"^(.*\bexperts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
+LISTED_EXPERT = re.compile(r"\bexperts\.\d+\.")
 _MTP = re.compile(r"(^|\.)mtp\.")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _MTP_PARTS = re.compile(r"\.(eh_proj|e_proj|h_proj|enorm|hnorm|shared_head)\b")

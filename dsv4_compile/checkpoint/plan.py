@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from dsv4_compile import nvfp4
 from dsv4_compile.checkpoint.formats import FORMAT_NAMES, PACKED_FORMATS, Contents, Source, is_float
-from dsv4_compile.checkpoint.names import STACKED, Slot, find_slot, mtp_names
+from dsv4_compile.checkpoint.index import TORCH_DTYPES
+from dsv4_compile.checkpoint.names import LISTED_EXPERT, STACKED, Slot, find_slot, mtp_names
+from dsv4_compile.ops.registration import FLOAT_DTYPES
 
 HALVES = ("gate", "up")
 
@@ -89,7 +91,9 @@ def plan(
     for name, tensor in tensors.items():
         if first_name.setdefault(id(tensor), name) == name:
             targets[name] = Target(name, tensor, model.get_submodule(name.rpartition(".")[0]))
-    mtp = mtp_names(contents.sources)
+    mtp = set() if mtp_names(tensors) else mtp_names(contents.sources)
+    if experts is not None and (listed := next(filter(LISTED_EXPERT.search, tensors), None)) is not None:
+        problems.append(f"experts: must be None for experts that are not stacked in one parameter, got {listed}")
     for name, source in contents.sources.items():
         slot = None if name in mtp else find_slot(name, tensors)
         if name in mtp:
@@ -145,50 +149,56 @@ def _check(target: Target, problems: list[str]) -> None:
             for slot in stacked
             if slot not in wanted
         )
+    is_transposed = target.tensor.dim() == 3 and getattr(target.owner, "is_transposed", False)
     for slot, source in target.sources.items():
-        expected = shape if slot.expert is None else (shape[1] // 2 if slot.half else shape[1], *shape[2:])
-        if source.shape != expected:
-            problems.append(f"shape: {source.name} must be {expected} for {_describe(slot)}, got {source.shape}")
-        if is_float(source) != target.tensor.is_floating_point():
-            stored = source.parts["data"].dtype if source.format == "plain" else FORMAT_NAMES[source.format]
-            problems.append(f"dtype: {source.name} must be {target.tensor.dtype} for {target.name}, got {stored}")
-        if source.format in PACKED_FORMATS:
-            if target.tensor.dim() not in (2, 3) or shape[-1] % nvfp4.BLOCK_SIZE:
-                problems.append(f"format: {source.name} is packed, {target.name} {shape} cannot be")
-            elif getattr(target.owner, "is_transposed", False) and target.tensor.dim() == 3:
-                problems.append(f"format: {source.name} is packed along K, {target.name} is stored as [E, K, N]")
+        problems.extend(_misfits(target, slot, source, shape))
+        if is_transposed and (stacked or source.format != "plain"):
+            problems.append(f"format: {source.name} is stored as [N, K], {target.name} is [E, K, N]")
     kinds = {source.format in PACKED_FORMATS for source in target.sources.values()}
     if len(kinds) > 1:
         problems.append(f"format: {target.name} must have all its experts packed or none, got both")
 
 
-def recompute_buffers(
+def _misfits(target: Target, slot: Slot, source: Source, shape: tuple[int, ...]) -> Iterable[str]:
+    """What is wrong with one source of a target: its shape, its dtype, or that it is packed."""
+    expected = shape if slot.expert is None else (shape[1] // 2 if slot.half else shape[1], *shape[2:])
+    if source.shape != expected:
+        yield f"shape: {source.name} must be {expected} for {_describe(slot)}, got {source.shape}"
+    stored, wanted = TORCH_DTYPES[source.parts["data"].dtype], target.tensor.dtype
+    is_number_cut = not wanted.is_floating_point and torch.promote_types(stored, wanted) != wanted
+    if is_float(source) != wanted.is_floating_point or is_number_cut:
+        named = source.parts["data"].dtype if source.format == "plain" else FORMAT_NAMES[source.format]
+        yield f"dtype: {source.name} must be {wanted} for {target.name}, got {named}"
+    elif source.format in PACKED_FORMATS and (
+        len(shape) not in (2, 3) or shape[-1] % nvfp4.BLOCK_SIZE or wanted not in FLOAT_DTYPES
+    ):
+        yield f"format: {source.name} is packed, {target.name} {shape} {wanted} cannot be"
+
+
+def other_buffers(
     model: nn.Module,
     targets: Iterable[Target],
     device: torch.device | str | None,
     report: LoadReport,
     problems: list[str],
 ) -> list[tuple[nn.Module, str, Tensor]]:
-    """Buffers on the meta device that no checkpoint holds (rotary frequencies), from a fresh module of that kind."""
+    """New values of buffers that no checkpoint holds (rotary frequencies), where they need any.
+
+    One on the meta device is computed by a fresh module of its kind, from the config; others move to ``device``.
+    """
     known = {id(target.tensor) for target in targets}
     fresh: list[tuple[nn.Module, str, Tensor]] = []
     for path, module in model.named_modules():
-        absent = [
-            name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta and id(buffer) not in known
-        ]
-        if not absent:
-            continue
-        config = getattr(module, "config", None)
         twin: nn.Module | None = None
-        if config is not None and not list(module.parameters()):
-            try:
-                with torch.device("cpu"):
-                    twin = type(module)(config)
-            except TypeError:
-                twin = None
-        for name in absent:
+        for name, buffer in module.named_buffers(recurse=False):
+            if id(buffer) in known:
+                continue
+            if not buffer.is_meta:
+                if device is not None and buffer.device != torch.device(device):
+                    fresh.append((module, name, buffer.to(device)))
+                continue
             full_name = f"{path}.{name}".removeprefix(".")
-            buffer = getattr(module, name)
+            twin = twin or _from_config(module)
             value = getattr(twin, name, None)
             if value is None or value.shape != buffer.shape:
                 problems.append(
@@ -199,3 +209,15 @@ def recompute_buffers(
                 report.recomputed_buffers.append(full_name)
                 fresh.append((module, name, value.to(device or "cpu")))  # in its own dtype, fp32
     return fresh
+
+
+def _from_config(module: nn.Module) -> nn.Module | None:
+    """The same module on the CPU, where it takes a config and nothing else and holds no parameters."""
+    config = getattr(module, "config", None)
+    if config is None or list(module.parameters()):
+        return None
+    try:
+        with torch.device("cpu"):
+            return type(module)(config)
+    except TypeError:
+        return None

@@ -491,7 +491,7 @@ def test_mxfp4_nan_exponent(tmp_path: Path) -> None:
     tensors = small_tensors() | {"a.weight": codes, "a.scale": exponents}
     for part in ("a.weight_scale", "a.weight_scale_2"):
         del tensors[part]
-    assert_refused(Small(), stored.write(tmp_path, tensors), "a.scale: holds NaN")
+    assert_refused(Small(), stored.write(tmp_path, tensors), "a.scale: exponents must be numbers, got NaN")
 
 
 def test_missing_global_scale(tmp_path: Path) -> None:
