@@ -178,12 +178,20 @@ def _config_problems(checkpoint: Checkpoint) -> list[str]:
         if not isinstance(section, Mapping):
             found.append(f"{file}: the quantization section must be an object, got {type(section).__name__}")
             continue
-        found.extend(_unknown(file, section, "quant_algo", KNOWN_ALGORITHMS))
-        found.extend(_unknown(file, section, "moe_quant_algo", KNOWN_ALGORITHMS))
         found.extend(_unknown(file, section, "quant_method", KNOWN_METHODS))
+        layers, groups = section.get("quantized_layers"), section.get("config_groups")
+        for part in (section, *_objects(layers)):
+            found.extend(_unknown(file, part, "quant_algo", KNOWN_ALGORITHMS))
+            found.extend(_unknown(file, part, "moe_quant_algo", KNOWN_ALGORITHMS))
         if section.get("quant_method") == "compressed-tensors":
-            found.extend(_unknown(file, section, "format", KNOWN_CT_FORMATS))
-    return found
+            for part in (section, *_objects(groups)):
+                found.extend(_unknown(file, part, "format", KNOWN_CT_FORMATS))
+    return list(dict.fromkeys(found))
+
+
+def _objects(value: Any) -> list[Mapping[str, Any]]:
+    """The objects among the values of an object (``quantized_layers`` of nvidia, ``config_groups`` of vLLM)."""
+    return [item for item in value.values() if isinstance(item, Mapping)] if isinstance(value, Mapping) else []
 
 
 def _unknown(file: str, section: Mapping[str, Any], key: str, known: tuple[str, ...]) -> list[str]:

@@ -100,6 +100,12 @@ def mtp_names(names: Iterable[str]) -> set[str]:
     return {name for name in names if _MTP.search(name) or layers.get(name) in mtp_layers}
 
 
+def layer_number(name: str) -> int | None:
+    """The number of the decoder layer that a stored weight belongs to, or None."""
+    found = _LAYER.search(name)
+    return None if found is None else int(found[1])
+
+
 def layer_pattern(name: str) -> str:
     """A name with its layer and expert numbers replaced by ``*``, for reports."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
