@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dsv4_compile.checkpoint import CheckpointError, load_checkpoint
+from dsv4_compile.checkpoint import CheckpointError, load, load_checkpoint
 from tests.checkpoint import stored
 from tests.checkpoint.models import Small, assert_refused, empty_model, small_tensors
 
@@ -152,6 +153,11 @@ def test_damaged_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
+        ({"quantized_layers": {"a": {"quant_algo": "INT4"}}}, "quant_algo must be one of .*, got 'INT4'"),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"format": "marlin-24"}}},
+            "format must be one of .*, got 'marlin-24'",
+        ),
         ({"quant_method": "awq"}, "config.json: quant_method must be one of .*, got 'awq'"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "quant_algo must be one of .*, got 'W4A8_AWQ'"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "format must be one of"),
@@ -183,3 +189,100 @@ def test_buffers_that_nothing_computes(tmp_path: Path) -> None:
         network = Rotary()
     with pytest.raises(CheckpointError, match=r"missing: buffer inv_freq is on the meta device"):
         load_checkpoint(network, stored.write(tmp_path, {"proj.weight": torch.randn(4, 16)}))
+
+
+def test_listed_experts_and_a_range(tmp_path: Path) -> None:
+    """Guards against rank 1 that loads the experts of rank 0: a list's numbers may be global ones or its own."""
+    network = nn.Module()
+    network.experts = nn.ModuleList(nn.ModuleDict({"w1": nn.Linear(16, 4, bias=False)}) for _ in range(2))
+    tensors = {f"experts.{index}.w1.weight": torch.randn(4, 16) for index in range(4)}
+    message = "experts: must be None for experts that are not stacked in one parameter, got experts.0.w1.weight"
+    assert_refused(network, stored.write(tmp_path, tensors), message, experts=range(2, 4))
+
+
+def test_transposed_experts(tmp_path: Path) -> None:
+    """Guards against [N, K] read as [K, N] where both fit."""
+    network = nn.Module()
+    network.experts = nn.Module()
+    network.experts.is_transposed = True
+    network.experts.down_proj = nn.Parameter(torch.empty(2, 16, 16))
+    tensors = {f"experts.{index}.down_proj.weight": torch.randn(16, 16) for index in range(2)}
+    assert_refused(
+        network, stored.write(tmp_path / "a", tensors), r"stored as \[N, K\], experts.down_proj is \[E, K, N\]"
+    )
+    stacked = {"experts.down_proj": torch.randn(2, 16, 16)}
+    load_checkpoint(network, stored.write(tmp_path / "b", stacked))
+    assert torch.equal(network.experts.down_proj, stacked["experts.down_proj"])
+
+
+def test_numbers_that_do_not_fit(tmp_path: Path) -> None:
+    """Guards against token ids wrapped around in a narrower type, and against fp64 models with packed weights."""
+    network = Small()
+    network.table = network.table.to(torch.int16)
+    assert_refused(
+        network, stored.write(tmp_path / "a", small_tensors()), "table must be torch.int16 for table, got I64"
+    )
+    message = r"a.weight is packed, a.weight \(16, 32\) torch.float64 cannot be"
+    assert_refused(Small().double(), stored.write(tmp_path / "b", small_tensors()), message)
+    network.table = network.table.long()
+    narrow = small_tensors() | {"table": torch.arange(4, dtype=torch.int16)}
+    assert load_checkpoint(network, stored.write(tmp_path / "c", narrow)).cast == ["table"]
+    assert network.table.tolist() == [0, 1, 2, 3]
+
+
+def test_nan_in_fp8(tmp_path: Path) -> None:
+    """Guards against the e4m3 byte 0x7F read as a weight, and a traceback without a name when it is quantised anew."""
+    elements, scale = stored.fp8_parts(torch.randn(16, 32), 32, torch.float32)
+    elements.view(torch.uint8)[3, 4] = 0x7F
+    tensors = small_tensors() | {"b.weight": elements, "b.weight_scale_inv": scale}
+    folder = stored.write(tmp_path, tensors)
+    for fp8 in ("bfloat16", "nvfp4"):
+        assert_refused(Small().bfloat16(), folder, "b.weight: FP8 weights must be finite", fp8=fp8)
+
+
+def test_all_bad_scales_in_one_message(tmp_path: Path) -> None:
+    """Guards against a day of loading, one bad scale a time."""
+    tensors = small_tensors()
+    tensors["a.weight_scale"].view(torch.uint8)[0, 0] = 0x7F
+    tensors["b.weight"], tensors["b.weight_scale"] = stored.fp8_parts(torch.randn(16, 32), 32, torch.float32)
+    tensors["b.weight_scale"].fill_(-1)
+    error = assert_refused(Small(), stored.write(tmp_path, tensors), "got NaN", "b.weight_scale: scales must be finite")
+    assert len(error.problems) == 2
+
+
+@pytest.mark.parametrize("damage", ["shorter", "touched", "gone"])
+def test_files_that_change_while_they_are_read(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against SIGBUS, or half of one checkpoint and half of another."""
+    folder = stored.write(tmp_path, small_tensors())
+    file = folder / "model.safetensors"
+
+    def change(*arguments: Any) -> dict[int, nn.Parameter]:
+        if damage == "gone":
+            file.unlink()
+        else:
+            file.write_bytes(file.read_bytes()[: -1 if damage == "shorter" else None])
+            os.utime(file, (1, 1))
+        return fill(*arguments)
+
+    fill = load._fill
+    monkeypatch.setattr(load, "_fill", change)
+    message = "No such file" if damage == "gone" else "the file changed since its header was read"
+    assert_refused(Small(), folder, rf"model.safetensors: .*{message}")
+
+
+def test_out_of_memory_leaves_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a model that is half loaded when anything at all goes wrong in the middle."""
+    network, done = Small(), []
+
+    def fail(*arguments: Any) -> Tensor:
+        if done:
+            raise MemoryError
+        done.append(1)
+        return plain(*arguments)
+
+    plain = load._plain
+    monkeypatch.setattr(load, "_plain", fail)
+    before = {name: id(value) for name, value in network.state_dict(keep_vars=True).items()}
+    with pytest.raises(MemoryError):
+        load_checkpoint(network, stored.write(tmp_path, small_tensors()))
+    assert {name: id(value) for name, value in network.state_dict(keep_vars=True).items()} == before

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dsv4_compile.checkpoint import load_checkpoint
+from dsv4_compile.checkpoint.index import Checkpoint
 from tests.checkpoint import stored
 from tests.checkpoint.models import assert_same_model, empty_model, nvfp4_values
 
@@ -22,6 +23,7 @@ from tests.checkpoint.models import assert_same_model, empty_model, nvfp4_values
         ({"experts": [1, 2]}, r"experts must be a range of expert numbers with step 1, got \[1, 2\]"),
         ({"experts": range(0)}, "experts must be a range"),
         ({"experts": range(-1, 2)}, "experts must be a range"),
+        ({"device": "meta"}, "device must be one that holds data, got meta"),
     ],
 )
 def test_rejects_arguments(arguments: dict[str, Any], message: str) -> None:
@@ -99,3 +101,62 @@ def test_quantised_model_is_filled_again(tmp_path: Path) -> None:
     assert torch.equal(network[0].weight, value["0.weight"])
     load_checkpoint(network, stored.write(tmp_path / "packed", stored.modelopt(value, lambda *_: True)))
     assert torch.equal(network[0].weight.dequantize(), nvfp4_values(value["0.weight"]))
+
+
+def test_stored_values_are_copies(tmp_path: Path) -> None:
+    """Guards against parameters that are pages of the file: they would change, or kill the process, when it does."""
+    network, value = nn.Linear(16, 4, bias=False), torch.randn(4, 16)
+    folder = stored.write(tmp_path, {"weight": value})
+    load_checkpoint(network, folder)
+    (folder / "model.safetensors").write_bytes(b"")
+    assert torch.equal(network.weight, value)
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(16, 4, bias=False)
+
+
+class WithMtp(nn.Module):
+    def __init__(self, has_mtp: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Head()])
+        self.mtp = nn.ModuleList([Head()] if has_mtp else [])
+
+
+@pytest.mark.parametrize("has_mtp", [True, False])
+def test_mtp_goes_where_the_model_has_it(has_mtp: bool, tmp_path: Path) -> None:
+    """Guards against weights of a model's own MTP modules called absent, and a demand for modules it has not."""
+    network = WithMtp(has_mtp)
+    tensors = {"layers.0.proj.weight": torch.randn(4, 16), "mtp.0.proj.weight": torch.randn(4, 16)}
+    report = load_checkpoint(network, stored.write(tmp_path, tensors))
+    assert report.ignored_mtp == ([] if has_mtp else ["mtp.0.proj.weight"])
+    assert all(torch.equal(value, tensors[name]) for name, value in network.state_dict().items())
+
+
+def test_mtp_as_a_last_layer(tmp_path: Path) -> None:
+    """Guards against HuggingFace's naming, where MTP is one more layer with an eh_proj."""
+    names = ["model.layers.0.proj.weight", "model.layers.1.proj.weight", "model.layers.1.eh_proj.weight"]
+    tensors = {name: torch.randn(4, 16) for name in names}
+    report = load_checkpoint(WithMtp(False), stored.write(tmp_path, tensors))
+    assert set(report.ignored_mtp) == set(names[1:])
+
+
+def test_only_wanted_experts_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a rank that reads the experts of the others to throw them away."""
+    tensors: stored.Tensors = {}
+    for expert in range(6):
+        name = f"experts.{expert}.w2"
+        tensors[f"{name}.weight"], tensors[f"{name}.scale"] = stored.mxfp4_parts(torch.randn(16, 32))
+    network, read = nn.Module(), []
+    network.experts = nn.Module()
+    network.experts.down_proj = nn.Parameter(torch.empty(2, 16, 32))
+    original = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name, out=None: read.append(name) or original(self, name, out))
+    report = load_checkpoint(network, stored.write(tmp_path, tensors, shards=2), experts=range(3, 5))
+    assert sorted(read) == [f"experts.{expert}.w2.{part}" for expert in (3, 4) for part in ("scale", "weight")]
+    assert report.num_bytes == 2 * (16 * 16 + 16)
+    for index, expert in enumerate((3, 4)):
+        values = stored.mxfp4_values(*(tensors[f"experts.{expert}.w2.{part}"] for part in ("weight", "scale")))
+        assert torch.equal(network.experts.down_proj[index].dequantize(), values)
