@@ -84,7 +84,7 @@ def test_mxfp4_beyond_the_span_is_loaded_and_reported(tmp_path: Path) -> None:
 def test_a_few_rows_at_a_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a global scale of a part of the rows: chunks give the bits that the whole weight gives."""
     monkeypatch.setattr(decode, "_ELEMENTS_AT_ONCE", 64 * rows)
-    codes, exponents = stored.mxfp4_parts(torch.randn(20, 64) * torch.logspace(-30, 0, 20, base=2.0).unsqueeze(-1))
+    codes, exponents = stored.mxfp4_parts(torch.randn(20, 64) * torch.logspace(0, -30, 20, base=2.0).unsqueeze(-1))
     packed, is_exact = mxfp4_to_nvfp4(codes.view(torch.uint8), exponents.view(torch.uint8))
     assert not is_exact
     expected = nvfp4.quantize_weight(stored.mxfp4_values(codes, exponents))

@@ -76,8 +76,10 @@ def test_command(native: stored.Tensors, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_layers_are_ranges(tmp_path: Path) -> None:
-    """Guards against a table that says how many layers have a format, and not which."""
+    """Guards against a table that says how many layers have a format and not which, and MTP counted."""
     layers = {f"layers.{index}.a.weight": torch.ones(2) for index in (0, 1, 2, 5, 7, 8)}
-    text = str(inspect(stored.write(tmp_path, layers)))
+    found = inspect(stored.write(tmp_path, layers | {"layers.9.eh_proj.weight": torch.ones(2)}))
+    assert found.mtp == 1
+    text = str(found)
     assert "0-2, 5, 7-8" in text
     assert "1 file, 6 layers" in text
