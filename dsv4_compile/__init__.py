@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from dsv4_compile import ops
+from dsv4_compile.checkpoint import CheckpointError, LoadReport, load_checkpoint
 from dsv4_compile.quantization import QuantizeReport, flatten_state_dict, quantize_, unflatten_state_dict
 from dsv4_compile.tensor import Nvfp4Tensor
 
@@ -12,11 +13,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
     "Explanation",
+    "LoadReport",
     "Nvfp4Tensor",
     "QuantizeReport",
     "explain",
     "flatten_state_dict",
+    "load_checkpoint",
     "ops",
     "quantize_",
     "unflatten_state_dict",

@@ -128,17 +128,22 @@ def check_scales(source: Source, role: str, scale: Tensor) -> None:
         if source.format == "nvfp4_ct" and not bool((1.0 / scale).isfinite().all()):
             raise BadScalesError(f"{name}: its reciprocal must be finite, got {scale.min().item()}")
     elif scale.dtype == torch.float8_e8m0fnu:
-        if bool((scale.view(torch.uint8) == E8M0_NAN).any()):
+        if _largest(scale.view(torch.uint8)) == E8M0_NAN:
             raise BadScalesError(f"{name}: exponents must be numbers, got NaN")
     elif scale.dtype == torch.float8_e4m3fn:
         as_bytes = scale.view(torch.uint8)
-        magnitude = as_bytes & 0x7F
-        if bool((magnitude == 0x7F).any()):
+        if _largest(as_bytes) <= 0x7E:  # the byte of 448; above it are NaN and what has a sign
+            return
+        if bool(((as_bytes & 0x7F) == 0x7F).any()):
             raise BadScalesError(f"{name}: block scales must be numbers, got NaN")
-        if bool(((as_bytes >= 0x80) & (magnitude > 0)).any()):
+        if bool((as_bytes > 0x80).any()):
             raise BadScalesError(f"{name}: block scales must not be negative, got {scale.float().min().item()}")
     elif not bool((scale.isfinite() & (scale >= 0)).all()):
         raise BadScalesError(f"{name}: scales must be finite and not negative")
+
+
+def _largest(values: Tensor) -> int:
+    return int(values.max()) if values.numel() else 0
 
 
 def mxfp4_to_nvfp4(codes: Tensor, exponents: Tensor) -> tuple[Packed, bool]:
@@ -237,7 +242,10 @@ class _Fp8:
         part = self.data[index, rows].to(torch.float32)
         scale = self.scale[min(index, len(self.scale) - 1)]  # one for all of a stack, or one each
         blocks = scale[torch.arange(rows.start, rows.stop) // self.block_rows]
-        part.mul_(blocks.repeat_interleave(self.block_columns, dim=1)[:, : part.shape[1]])
-        if not bool(part.isfinite().all()):
+        if part.shape[1] % self.block_columns == 0:
+            part.unflatten(1, (-1, self.block_columns)).mul_(blocks.unsqueeze(-1))
+        else:
+            part.mul_(blocks.repeat_interleave(self.block_columns, dim=1)[:, : part.shape[1]])
+        if part.numel() and not bool(torch.stack(part.aminmax()).isfinite().all()):
             raise BadScalesError(f"{self.name}: FP8 weights must be finite, got NaN, or a product beyond fp32")
         return part

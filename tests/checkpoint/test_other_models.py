@@ -13,7 +13,7 @@ from torch import nn
 from dsv4_compile.checkpoint import load_checkpoint
 from dsv4_compile.checkpoint.index import Checkpoint
 from tests.checkpoint import stored
-from tests.checkpoint.models import assert_same_model, empty_model, nvfp4_values
+from tests.checkpoint.models import assert_same_model, empty_model, nvfp4_values, unpacked
 
 
 @pytest.mark.parametrize(
@@ -160,3 +160,17 @@ def test_only_wanted_experts_are_read(tmp_path: Path, monkeypatch: pytest.Monkey
     for index, expert in enumerate((3, 4)):
         values = stored.mxfp4_values(*(tensors[f"experts.{expert}.w2.{part}"] for part in ("weight", "scale")))
         assert torch.equal(network.experts.down_proj[index].dequantize(), values)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_meta", [True, False], ids=["meta", "on the CPU"])
+def test_device(model: Any, native: stored.Tensors, tmp_path: Path, is_meta: bool) -> None:
+    """Guards against other bits on a GPU than on the CPU, and buffers, rotary frequencies above all, left behind."""
+    network, expected = empty_model(model) if is_meta else copy.deepcopy(model), empty_model(model)
+    for name, tensors in {"mxfp4": stored.native(native), "nvfp4": stored.nvidia_mixed(native)}.items():
+        folder = stored.write(tmp_path / name, tensors)
+        load_checkpoint(network, folder, device="cuda", fp8="nvfp4")
+        load_checkpoint(expected, folder, fp8="nvfp4")
+        assert {value.device.type for value in (*network.parameters(), *network.buffers())} == {"cuda"}
+        for key, value in unpacked(expected).items():
+            assert torch.equal(unpacked(network)[key].cpu(), value), key
