@@ -149,8 +149,8 @@ def _largest(values: Tensor) -> int:
 def mxfp4_to_nvfp4(codes: Tensor, exponents: Tensor) -> tuple[Packed, bool]:
     """E2M1 codes with one power of two for 32 elements, as NVFP4 with two E4M3 scales for them.
 
-    With ``k`` the exponents of the blocks that hold anything but zeros, ``global scale = 2^(max k - 8)`` and ``block
-    scale = 2^(k - max k + 8)``, both exact while ``max k - min k <= 17``; codes are taken over as they are.
+    With ``k`` the exponents, ``global scale = 2^(max k - 8)`` and ``block scale = 2^(k - max k + 8)``, both exact while
+    ``max k - min k <= 17``; codes are taken over as they are. Beyond that, blocks of zeros are left out of account.
 
     Args:
         codes: uint8 [N, K/2].
@@ -160,22 +160,32 @@ def mxfp4_to_nvfp4(codes: Tensor, exponents: Tensor) -> tuple[Packed, bool]:
         The parts, ``codes`` itself among them where it can be, and whether every value is exactly that of MXFP4. Where
         the span is larger, the weight is quantised anew from its fp32 values.
     """
-    k = exponents.to(torch.int32) - E8M0_BIAS
-    used = (codes & 0x77).unflatten(-1, (-1, MXFP4_BLOCK // 2)).amax(dim=-1) > 0
-    highest = int(k[used].max()) if bool(used.any()) else 0
-    shifted = k - highest + HIGHEST_EXPONENT
-    is_exact = bool((shifted[used] >= LOWEST_EXPONENT).all())
-    if not is_exact:
+    lowest, highest = _bounds(exponents)
+    if highest - lowest > MXFP4_SPAN:  # blocks of zeros do not count: their exponents mean nothing
+        used = (codes & 0x77).unflatten(-1, (-1, MXFP4_BLOCK // 2)).amax(dim=-1) > 0
+        lowest, highest = _bounds(exponents[used])
+    if highest - lowest > MXFP4_SPAN:
         n, half_k = codes.shape
-        return _quantize(lambda rows: _mxfp4_to_float(codes[rows], k[rows]), n, 2 * half_k), False
-    powers = torch.arange(LOWEST_EXPONENT, HIGHEST_EXPONENT + 1, dtype=torch.float32).exp2().to(torch.float8_e4m3fn)
-    position = shifted.clamp_(LOWEST_EXPONENT, HIGHEST_EXPONENT) - LOWEST_EXPONENT
-    block_scales = powers.view(torch.uint8)[position].repeat_interleave(2, dim=-1).view(torch.float8_e4m3fn)
-    return Packed(codes, block_scales, torch.tensor(2.0 ** (highest - HIGHEST_EXPONENT), dtype=torch.float32)), True
+        return _quantize(lambda rows: _mxfp4_to_float(codes[rows], exponents[rows]), n, 2 * half_k), False
+    relative = torch.arange(256, dtype=torch.float32) - highest + HIGHEST_EXPONENT
+    table = relative.clamp(LOWEST_EXPONENT, HIGHEST_EXPONENT).exp2().to(torch.float8_e4m3fn).view(torch.uint8)
+    scales = table.index_select(0, exponents.int().flatten()).view(exponents.shape)
+    block_scales = torch.stack((scales, scales), dim=-1).flatten(-2).view(torch.float8_e4m3fn)
+    global_scale = torch.tensor(2.0 ** (highest - E8M0_BIAS - HIGHEST_EXPONENT), dtype=torch.float32)
+    return Packed(codes, block_scales, global_scale), True
 
 
-def _mxfp4_to_float(codes: Tensor, k: Tensor) -> Tensor:
-    return torch.ldexp(nvfp4.decode_codes(codes).unflatten(-1, (-1, MXFP4_BLOCK)), k.unsqueeze(-1)).flatten(-2)
+def _bounds(exponents: Tensor) -> tuple[int, int]:
+    """Lowest and highest of some bytes; that of a scale of 1 where there are none."""
+    if not exponents.numel():
+        return E8M0_BIAS, E8M0_BIAS
+    lowest, highest = exponents.aminmax()
+    return int(lowest), int(highest)
+
+
+def _mxfp4_to_float(codes: Tensor, exponents: Tensor) -> Tensor:
+    k = exponents.to(torch.int32).sub_(E8M0_BIAS).unsqueeze(-1)
+    return torch.ldexp(nvfp4.decode_codes(codes).unflatten(-1, (-1, MXFP4_BLOCK)), k).flatten(-2)
 
 
 def _quantize(rows_of: Callable[[slice], Tensor], n: int, k: int) -> Packed:

@@ -1,5 +1,6 @@
 """The small DeepSeek V4 that every format stores, and its tensors under both sets of names."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,3 +33,12 @@ def native(model: Any, tmp_path_factory: pytest.TempPathFactory) -> stored.Tenso
 @pytest.fixture(scope="module")
 def huggingface(model: Any) -> stored.Tensors:
     return stored.huggingface_tensors(model)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tensors here are small: on a busy machine threads wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

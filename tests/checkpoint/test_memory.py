@@ -16,6 +16,7 @@ EXPERTS, HIDDEN, INTERMEDIATE = 24, 1024, 512
 LOAD = """
 import gc, sys
 import torch
+torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[3])
 from dsv4_compile.checkpoint import load_checkpoint
 from tests.checkpoint.test_memory import Model, num_bytes
