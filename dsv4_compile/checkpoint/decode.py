@@ -19,6 +19,7 @@ MXFP4_SPAN = HIGHEST_EXPONENT - LOWEST_EXPONENT
 E8M0_BIAS, E8M0_NAN = 127, 255
 BEYOND_SPAN = f"MXFP4 exponents span more than {MXFP4_SPAN}"
 FROM_FP8 = "FP8 to NVFP4, as asked for"
+_E4M3_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)  # twice as fast as to()
 _ELEMENTS_AT_ONCE = 1 << 20  # of a weight that are expanded to fp32 at a time
 
 
@@ -249,7 +250,8 @@ class _Fp8:
 
     def rows(self, index: int, rows: slice) -> Tensor:
         """``element * scale of its block`` in fp32, of some rows of matrix ``index``."""
-        part = self.data[index, rows].to(torch.float32)
+        elements = self.data[index, rows]
+        part = _E4M3_VALUES.index_select(0, elements.view(torch.uint8).int().flatten()).view(elements.shape)
         scale = self.scale[min(index, len(self.scale) - 1)]  # one for all of a stack, or one each
         blocks = scale[torch.arange(rows.start, rows.stop) // self.block_rows]
         if part.shape[1] % self.block_columns == 0:
