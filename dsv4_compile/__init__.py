@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from dsv4_compile import ops
+from dsv4_compile.checkpoint import CheckpointError, LoadReport, load_checkpoint
 from dsv4_compile.quantization import QuantizeReport, flatten_state_dict, quantize_, unflatten_state_dict
 from dsv4_compile.tensor import Nvfp4Tensor
 
@@ -24,13 +25,16 @@ _ON_FIRST_USE = {
 }
 
 __all__ = [
+    "CheckpointError",
     "Comparison",
     "Explanation",
+    "LoadReport",
     "Nvfp4Tensor",
     "QuantizeReport",
     "compare",
     "explain",
     "flatten_state_dict",
+    "load_checkpoint",
     "ops",
     "quantize_",
     "quantize_checkpoint",

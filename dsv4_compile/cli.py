@@ -79,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compare.add_argument("--limit", type=int, default=30, help="modules to show, 0 for all (default 30)")
     compare.add_argument("--plot", metavar="FILE", help="draw a PNG, SVG or PDF")
     compare.add_argument("--json", metavar="FILE", help="write all figures")
+    inspect = commands.add_parser("inspect", help="show what a checkpoint holds, in which formats, and its problems")
+    inspect.add_argument("path", help="a .safetensors file, an index.json, or a folder with either")
+    inspect.add_argument("--headers-only", action="store_true", help="do not read the scales")
 
     parsed = parser.parse_args(arguments)
     try:
@@ -195,6 +198,17 @@ def _input_ids(parsed: argparse.Namespace, config: Any) -> torch.Tensor:
     return torch.tensor([ids])
 
 
+def _inspect(parsed: argparse.Namespace) -> int:
+    from dsv4_compile.checkpoint import inspect
+
+    console = Console()
+    with console.status("reading headers" if parsed.headers_only else "reading headers and scales"):
+        found = inspect(parsed.path, scales=not parsed.headers_only)
+    console.print(found.table())
+    console.print(found.summary(), markup=False, highlight=False)
+    return 1 if found.problems else 0
+
+
 def model_on_meta(config_path: str | None, num_layers: int | Literal["every kind"] | None = None) -> Any:
     """Builds a HuggingFace causal language model on the meta device, in bf16, from its config alone.
 
@@ -235,7 +249,14 @@ def _layers_of_every_kind(config: Any) -> int:
     return max([1, *(values.index(kind) + 1 for values in kinds for kind in set(values))])
 
 
-_COMMANDS = {"demo": _demo, "explain": _explain, "warm": _warm, "quantize": _quantize, "compare": _compare}
+_COMMANDS = {
+    "demo": _demo,
+    "explain": _explain,
+    "warm": _warm,
+    "inspect": _inspect,
+    "quantize": _quantize,
+    "compare": _compare,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

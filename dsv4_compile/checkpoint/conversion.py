@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
 from dsv4_compile import nvfp4
 from dsv4_compile.checkpoint.formats import Contents, Source
-from dsv4_compile.checkpoint.index import DTYPE_BYTES, FLOATS
+from dsv4_compile.checkpoint.index import FLOATS, TORCH_DTYPES, Entry
 from dsv4_compile.checkpoint.names import STACKED, huggingface_name, mtp_names
 from dsv4_compile.quantization import ineligible_reason, matching_pattern
 
@@ -34,7 +34,6 @@ _MERGED = tuple(
         r"^(.*)\.(q_proj|k_proj|v_proj)\.weight$",
     )
 )
-_DTYPES = {"F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,15 @@ class Piece:
     shape: tuple[int, ...]
     expert: int | None = None
     rows: tuple[int, int] = (0, 0)
+
+    def entries(self) -> list[Entry]:
+        """What is read for it: the stored parts, of a stacked source its own rows only."""
+        if self.expert is None:
+            return list(self.source.parts.values())
+        data = self.source.parts["data"]
+        _, n, k = data.shape
+        skipped = (self.expert * n + self.rows[0]) * k * TORCH_DTYPES[data.dtype].itemsize
+        return [replace(data, shape=(self.rows[1] - self.rows[0], k), offset=data.offset + skipped)]
 
 
 @dataclass(frozen=True)
@@ -93,17 +101,13 @@ class Unit:
 
     @property
     def bytes_read(self) -> int:
-        """Stored bytes that are read, a stacked source counted by the part of it."""
-        total = 0
-        for piece in self.pieces:
-            share = torch.Size(piece.shape).numel() / max(1, torch.Size(piece.source.shape).numel())
-            total += round(piece.source.num_bytes * share)
-        return total
+        """Stored bytes that are read."""
+        return sum(entry.num_bytes for piece in self.pieces for entry in piece.entries())
 
     @property
     def bytes_written(self) -> int:
         """Bytes of the result."""
-        return sum(DTYPE_BYTES[dtype] * torch.Size(shape).numel() for dtype, shape in self.tensors().values())
+        return sum(TORCH_DTYPES[dtype].itemsize * torch.Size(shape).numel() for dtype, shape in self.tensors().values())
 
 
 @dataclass
@@ -189,7 +193,7 @@ def plan_conversion(
     if not any(unit.action == "quantize" or _is_mxfp4(unit) for unit in units) and not plan.problems:
         held = "only NVFP4" if any(unit.is_packed for unit in units) else "none"
         plan.problems.append(f"source must hold weights to quantise, got {held}")
-    units.sort(key=lambda unit: min(str(piece.source.parts["data"].file) for piece in unit.pieces))
+    units.sort(key=lambda unit: min((str(entry.file), entry.offset) for p in unit.pieces for entry in p.entries()))
     plan.shards = _shards(units, shard_bytes)
     return plan
 
@@ -239,7 +243,7 @@ def _reason(
         return "2-D, but not named weight"
     if include is None and "embed" in spellings[0]:
         return "embedding, by its name"
-    dtype = _DTYPES.get(data.dtype, torch.bfloat16) if source.format == "plain" else torch.bfloat16
+    dtype = TORCH_DTYPES[data.dtype] if source.format == "plain" else torch.bfloat16
     meta = torch.empty(source.shape, dtype=dtype, device="meta")
     return ineligible_reason(spellings[0], meta, None if include is None else ("*",), exclude, names)
 

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from dsv4_compile import nvfp4
 from dsv4_compile.checkpoint.conversion import Piece, Unit
-from dsv4_compile.checkpoint.decode import E8M0_BIAS, E8M0_NAN, BadScalesError, mxfp4_to_nvfp4, read_float, read_packed
+from dsv4_compile.checkpoint.decode import (
+    BEYOND_SPAN,
+    E8M0_BIAS,
+    BadScalesError,
+    check_scales,
+    mxfp4_to_nvfp4,
+    read_float,
+    read_packed,
+)
 from dsv4_compile.checkpoint.formats import MXFP4_BLOCK, Source
 from dsv4_compile.checkpoint.index import Checkpoint, CheckpointError
 from dsv4_compile.checkpoint.packing import Packing, Workers, finite_amax, pack_weight
@@ -87,14 +95,14 @@ def _record(unit: Unit, piece: Piece, **fields: Any) -> WeightRecord:
 
 
 def _copy(checkpoint: Checkpoint, unit: Unit) -> tuple[dict[str, Tensor], list[WeightRecord]]:
-    tensors = {entry.name: checkpoint.read(entry.name).clone() for entry in unit.pieces[0].source.parts.values()}
+    tensors = {entry.name: checkpoint.read(entry.name) for entry in unit.pieces[0].source.parts.values()}
     return tensors, [_record(unit, unit.pieces[0])]
 
 
 def _keep(checkpoint: Checkpoint, unit: Unit) -> tuple[dict[str, Tensor], list[WeightRecord]]:
     piece = unit.pieces[0]
     if piece.source.format == "plain":
-        value = checkpoint.read(piece.source.name).clone()
+        value = checkpoint.read(piece.source.name)
     else:
         value = read_float(checkpoint, piece.source, torch.bfloat16)
     is_finite = not value.is_floating_point() or bool(value.isfinite().all())
@@ -104,8 +112,7 @@ def _keep(checkpoint: Checkpoint, unit: Unit) -> tuple[dict[str, Tensor], list[W
 def _take_over(checkpoint: Checkpoint, unit: Unit) -> tuple[dict[str, Tensor], list[WeightRecord]]:
     piece = unit.pieces[0]
     packed, _ = read_packed(checkpoint, piece.source)
-    parts = (packed.codes.clone(), packed.block_scales.clone(), packed.global_scale.clone())
-    return _named(piece.name, *parts), [_record(unit, piece)]
+    return _named(piece.name, *packed), [_record(unit, piece)]
 
 
 def _take_over_mxfp4(
@@ -131,15 +138,14 @@ def _take_over_mxfp4(
         weight = _mxfp4_values(*parts)
         packing = pack_weight(weight, finite_amax(weight, workers), search, workers)
         tensors |= _named(piece.name, *packing.packed)
-        records.append(_quantized_record(unit, piece, packing, "MXFP4 exponents span more than 17"))
+        records.append(_quantized_record(unit, piece, packing, BEYOND_SPAN))
     return tensors, records
 
 
 def _mxfp4_parts(checkpoint: Checkpoint, source: Source) -> tuple[Tensor, Tensor]:
-    codes, exponents = (checkpoint.read(source.parts[role].name).view(torch.uint8) for role in ("data", "scale"))
-    if bool((exponents == E8M0_NAN).any()):
-        raise BadScalesError(f"{source.parts['scale'].name}: holds NaN")
-    return codes, exponents
+    codes, exponents = (checkpoint.read(source.parts[role].name) for role in ("data", "scale"))
+    check_scales(source, "scale", exponents)
+    return codes.view(torch.uint8), exponents.view(torch.uint8)
 
 
 def _mxfp4_values(codes: Tensor, exponents: Tensor) -> Tensor:
@@ -168,11 +174,10 @@ def _quantize(
 
 
 def _read_weight(checkpoint: Checkpoint, piece: Piece) -> Tensor:
-    """The matrix of a piece: mapped from the file where it is stored plain, fp32 where it is FP8."""
+    """The matrix of a piece, in fp32 where it is FP8."""
     if piece.source.format != "plain":
         return read_float(checkpoint, piece.source, torch.float32)
-    weight = checkpoint.read(piece.source.name)
-    return weight if piece.expert is None else weight[piece.expert, piece.rows[0] : piece.rows[1]]
+    return checkpoint.read_entry(piece.entries()[0])
 
 
 def _quantized_record(unit: Unit, piece: Piece, packing: Packing, reason: str) -> WeightRecord:

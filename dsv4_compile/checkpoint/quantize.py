@@ -32,7 +32,6 @@ SHARD_BYTES = 1 << 30
 
 _CONFIGS = ("config.json", "hf_quant_config.json", f"model{INDEX_SUFFIX}", REPORT)
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
-_MAPPED_BYTES = 256 << 20  # of the source that stay mapped: more would look like memory in use
 _SPARE_BYTES = 16 << 20  # of disk for configs and reports
 
 
@@ -260,17 +259,14 @@ def _make_shard(
 ) -> tuple[dict[str, Tensor], list[WeightRecord]]:
     tensors: dict[str, Tensor] = {}
     weights: list[WeightRecord] = []
-    mapped = 0
-    for unit in units:
+    for unit, following in zip(units, [*units[1:], None], strict=True):
+        for piece in following.pieces if following is not None else ():
+            for entry in piece.entries():
+                checkpoint.read_ahead(entry)
         parts, records = convert(checkpoint, unit, search, workers)
         tensors |= parts
         weights.extend(records)
-        mapped += unit.bytes_read
-        if mapped > _MAPPED_BYTES:
-            checkpoint.close()
-            mapped = 0
         progress.advance(task, unit.bytes_read)
-    checkpoint.close()
     return tensors, weights
 
 

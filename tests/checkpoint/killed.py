@@ -22,8 +22,8 @@ import torch
 
 from dsv4_compile.checkpoint.quantize import quantize_checkpoint
 
-SHARD_BYTES = 160 << 10
-KILLS_A_RUN = 3
+SHARD_BYTES = 240 << 10
+KILLS_A_RUN = 2
 
 
 def run(source: Path, destination: Path, kill_at_call: int = 0) -> int:

@@ -33,6 +33,8 @@ class Model(nn.Module):
         self.mx = nn.Linear(64, 16, bias=False)
         self.eight = nn.Linear(48, 40, bias=False)
         self.plain = nn.Linear(16, 8)
+        self.experts = nn.Module()
+        self.experts.gate_up_proj = nn.Parameter(torch.zeros(2, 32, 32))
 
 
 def tensors() -> stored.Tensors:
@@ -40,6 +42,11 @@ def tensors() -> stored.Tensors:
     values = stored.modelopt({"packed.weight": torch.randn(16, 32)}, lambda *_: True)
     values["mx.weight"], values["mx.scale"] = stored.mxfp4_parts(torch.randn(16, 64))
     values["eight.weight"], values["eight.weight_scale_inv"] = stored.fp8_parts(torch.randn(40, 48), 32, torch.float32)
+    for expert in range(2):
+        for projection in ("gate", "up"):
+            codes, scales, scale = stored.nvfp4_parts(torch.randn(16, 32))
+            parts = {"packed": codes, "scale": scales, "global_scale": (1 / scale).reshape(1)}
+            values |= {f"experts.{expert}.{projection}_proj.weight_{role}": part for role, part in parts.items()}
     return values | {"plain.weight": torch.randn(8, 16), "plain.bias": torch.randn(8)}
 
 
@@ -78,7 +85,6 @@ def flip_header_bits(folder: Path, rng: random.Random) -> None:
     for _ in range(rng.randint(1, 4)):
         position = rng.randrange(header_of(bytes(data)) if len(data) > 8 else 8)
         data[min(position, len(data) - 1)] ^= 1 << rng.randrange(8)
-        break
     shard.write_bytes(bytes(data))
 
 

@@ -423,7 +423,7 @@ def test_killed_twenty_times(
     assert result["different"] == []
     assert result["kills"] >= 20
     assert sum(resumed > 0 for resumed in result["resumed"]) >= 3
-    assert result["shards"] > 10
+    assert result["shards"] >= 8
 
 
 def test_command(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
