@@ -132,11 +132,11 @@ def test_six_or_four_by_hand() -> None:
     nearest, searched = (pack_weight(weight, amax, search) for search in ("none", "six_four"))
     assert nearest.packed.block_scales.float().flatten().tolist() == [1.0, 1.0]
     assert nearest.packed.codes[0].tolist() == [0x67] + [0x66] * 7  # the first element is in the low nibble
-    assert (nearest.noise, nearest.nearest_noise) == (15.0, 15.0)
+    assert (nearest.noise, nearest.nearest_noise) == pytest.approx((15.0, 15.0), rel=1e-6)
     assert searched.packed.block_scales.float().flatten().tolist() == [1.5, 1.0]
     assert searched.packed.codes[0].tolist() == [0x56] + [0x55] * 7
     assert searched.packed.codes[1].tolist() == nearest.packed.codes[1].tolist()
-    assert (searched.noise, searched.nearest_noise) == (pytest.approx(3.75, rel=1e-5), 15.0)  # 1 / 1.5 was rounded
+    assert (searched.noise, searched.nearest_noise) == pytest.approx((3.75, 15.0), rel=1e-5)  # 1 / 1.5 was rounded
 
 
 def test_shared_amax() -> None:
