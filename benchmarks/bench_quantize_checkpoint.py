@@ -131,6 +131,7 @@ def main() -> None:
         plain_read_s = read_s(source)
         for file in source.glob("*.safetensors"):
             forget(file)
+        load = os.getloadavg()[0]
         command = [sys.executable, "-W", "ignore", "-m", "dsv4_compile.cli", "quantize", str(source), str(result)]
         cpu_before = resource.getrusage(resource.RUSAGE_CHILDREN)
         start = time.perf_counter()
@@ -158,7 +159,8 @@ def main() -> None:
         table.add_row(name, f"{value:.2f}" if isinstance(value, float) else str(value))
     console.print(table)
     if arguments.record:
-        harness.record("quantize_checkpoint", [figures | {"cores": os.cpu_count()}])
+        machine = {"cores": os.cpu_count(), "load_before": round(load, 1)}
+        harness.record("quantize_checkpoint", [figures | machine])
 
 
 if __name__ == "__main__":
