@@ -234,6 +234,21 @@ def test_layout(small: Path, tmp_path: Path) -> None:
     }
 
 
+def test_others_read_it(small: Path, tmp_path: Path) -> None:
+    """Guards against a writer and a reader of ours that are wrong alike: compressed-tensors' own code unpacks."""
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+
+    report = quantize_checkpoint(small, tmp_path / "nvfp4", search="six_four")
+    original, tensors = tensors_of(small), tensors_of(tmp_path / "nvfp4")
+    for weight in report.quantized:
+        codes, scales, scale = (tensors[f"{weight.name}{suffix}"] for suffix in ("", "_scale", "_scale_2"))
+        values = unpack_fp4_from_uint8(codes, *weight.shape, dtype=torch.float32).unflatten(1, (-1, 16))
+        exact = original[weight.name].float()
+        error = (values * scales.float().unsqueeze(-1) * scale).flatten(1) - exact
+        assert error.norm() / exact.norm() < 0.11
+    assert len(report.quantized) == 5
+
+
 def test_patterns(small: Path, tmp_path: Path) -> None:
     """Patterns hold for the names of the result and of the model's stacked parameters; ``include`` admits fp32."""
     report = quantize_checkpoint(small, tmp_path / "a", include=["*.experts.gate_up_proj", "*.wide.weight"])
@@ -404,6 +419,39 @@ def test_two_at_once(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match=r"destination must be free, got .*, which a process writes"):
             quantize_checkpoint(small, tmp_path / "nvfp4", shard_bytes=4096)
+
+
+QUANTIZE = """
+import sys
+from dsv4_compile.checkpoint.quantize import quantize_checkpoint
+
+def resident(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+quantize_checkpoint(sys.argv[1], sys.argv[2] + "/small")  # libraries are not the quantiser's
+with open("/proc/self/clear_refs", "w") as clear:
+    clear.write("5")
+before = resident("VmRSS")
+quantize_checkpoint(sys.argv[3], sys.argv[2] + "/large", shard_bytes=8 << 20)
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's accounts of memory")
+def test_peak_memory(small: Path, tmp_path: Path) -> None:
+    """Guards against a stacked parameter that is read whole, files kept in memory, and sources mapped and kept."""
+    experts = {
+        "model.layers.0.mlp.experts.gate_up_proj": torch.randn(48, 1024, 1024).bfloat16(),
+        "model.layers.0.mlp.experts.down_proj": torch.randn(48, 1024, 512).bfloat16(),
+    }
+    large = stored.write(tmp_path / "source", experts)
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-W", "ignore", "-c", QUANTIZE, str(small), str(tmp_path), str(large)]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "2"}
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, cwd=root)
+    # Two files, one weight of 1 MiB and its half of the read-ahead, two threads' buffers of 2.5 MiB each: 24 MiB.
+    assert int(output.stdout) < 40 << 20 < sum(value.nbytes for value in experts.values()) / 3
 
 
 def test_killed_twenty_times(
