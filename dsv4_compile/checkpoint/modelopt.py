@@ -43,7 +43,7 @@ def model_config(config: Mapping[str, Any], excluded: list[str], version: str) -
         "targets": ["Linear"],
     }
     return {
-        **{key: value for key, value in config.items() if key != "quantization_config"},
+        **config,
         "quantization_config": {
             "quant_method": "modelopt",
             "quant_algo": "NVFP4",

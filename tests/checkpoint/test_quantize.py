@@ -410,6 +410,36 @@ def test_wrong_dtype_on_disk(small: Path, tmp_path: Path, monkeypatch: pytest.Mo
         quantize_checkpoint(small, tmp_path / "nvfp4")
 
 
+def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a file under its name before it is whole and on the disk; a kill rarely hits that moment."""
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        calls.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def renamed(part: Path, file: Path) -> None:
+        calls.append(f"rename to {file.name}")
+        assert not file.exists()
+        replace(part, file)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    folder, work = tmp_path / "folder", tmp_path / "folder" / "work"
+    work.mkdir(parents=True)
+    durable.write_json(folder / "a.json", {"x": 1}, work)
+    durable.copy_file(folder / "a.json", folder / "b.json", work)
+    durable.write_tensors(folder / "c.safetensors", {"x": torch.ones(2)}, work)
+    assert calls == [
+        call
+        for name in ("a.json", "b.json", "c.safetensors")
+        for call in (f"fsync {name}.part", f"rename to {name}", "fsync folder")
+    ]
+    assert (folder / "b.json").read_bytes() == (folder / "a.json").read_bytes()
+    assert not list(work.iterdir())
+
+
 def test_two_at_once(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against two processes that write one destination."""
     stopped_run(small, tmp_path / "nvfp4", monkeypatch, after=2)
