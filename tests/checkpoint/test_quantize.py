@@ -446,7 +446,7 @@ def test_two_at_once(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     import fcntl
 
     with open(tmp_path / "nvfp4" / quantize.WORK / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_SH)
         with pytest.raises(ValueError, match=r"destination must be free, got .*, which a process writes"):
             quantize_checkpoint(small, tmp_path / "nvfp4", shard_bytes=4096)
 
