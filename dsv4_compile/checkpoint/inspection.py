@@ -37,7 +37,7 @@ class Inspection:
         files: number of safetensors files.
         num_bytes: size of all tensors.
         layers: number of decoder layers, without those of multi-token-prediction modules.
-        groups: the weights by kind, in the order in which they stand.
+        groups: the weights by kind, in the order of their names.
         activation_scales: number of static activation scales, which are never used.
         mtp: number of weights of multi-token-prediction modules.
         announced: quantisation method and algorithm that the configs name.
@@ -110,7 +110,7 @@ def inspect(path: str | Path, *, scales: bool = True) -> Inspection:
                 group.layers.add(layer)
             if scales:
                 found.problems.extend(_scale_problems(checkpoint, source))
-        found.groups = list(groups.values())
+        found.groups = sorted(groups.values(), key=lambda group: (group.name, min(group.layers, default=0)))
         found.activation_scales = len(contents.activation_scales)
         found.mtp = len(mtp)
         found.layers = len({layer_number(name) for name in contents.sources if name not in mtp} - {None})

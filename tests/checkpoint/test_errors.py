@@ -169,6 +169,13 @@ def test_unknown_algorithms(section: Any, message: str, tmp_path: Path) -> None:
     assert_refused(Small(), stored.write(tmp_path, small_tensors(), {"quantization_config": section}), message)
 
 
+def test_unknown_algorithm_of_modelopt(tmp_path: Path) -> None:
+    """Guards against ModelOpt's own file, hf_quant_config.json, left unread."""
+    folder = stored.write(tmp_path, small_tensors())
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "W4A8_AWQ"}}))
+    assert_refused(Small(), folder, "hf_quant_config.json: quant_algo must be one of .*, got 'W4A8_AWQ'")
+
+
 def test_experts_packed_and_not(model: Any, huggingface: stored.Tensors, tmp_path: Path) -> None:
     """Guards against one expert in bf16 among packed ones."""
     written = stored.modelopt(huggingface, lambda name, value: stored.is_linear(name, value) and ".3.up" not in name)

@@ -7,11 +7,12 @@ checksums, so what is damaged here is structure: headers, index, config, lengths
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import random
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from dsv4_compile.checkpoint import CheckpointError, inspect, load_checkpoint
 from tests.checkpoint import stored
 
 CASES = 500
+HANGS_AFTER = 600  # seconds for 50 cases that take one; a hang ends with every thread's traceback
 INDEX = "model.safetensors.index.json"
 
 
@@ -218,6 +220,13 @@ DAMAGE: list[Callable[[Path, random.Random], None]] = [
     one_shard_twice, drop_shard, shard_is_a_folder, flip_index_bits, flip_index_bits, cut_index, nonsense_config, rename,
     drop_tensor, other_dtype, other_shape, bad_scales,
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_hang() -> Iterator[None]:
+    faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.mark.parametrize("batch", range(10))
