@@ -1,4 +1,4 @@
-"""The command ``dsv4-compile``: ``demo`` and ``explain``."""
+"""The command ``dsv4-compile``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -41,6 +42,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warm.add_argument("--gsa", choices=nvfp4.GRANULARITIES, default="tensor", help="granularity of the global scale")
     warm.add_argument("--activations", choices=ACTIVATIONS, default="nvfp4", help="bf16 for W4A16")
     warm.add_argument("--jobs", type=int, help="compiling processes (default one a core, at most 8)")
+
+    quantize = commands.add_parser("quantize", help="write a checkpoint as NVFP4 in ModelOpt's layout")
+    quantize.add_argument("source", help="a .safetensors file, an index.json, or a folder with either")
+    quantize.add_argument("destination", help="folder to write; one that an interrupted run left is gone on with")
+    for option, meaning in (
+        ("--include", "names to pack, such as '*.experts.*'"),
+        ("--exclude", "names to leave alone"),
+    ):
+        quantize.add_argument(option, action="append", metavar="PATTERN", help=f"{meaning}; may be repeated")
+    quantize.add_argument(
+        "--search",
+        choices=("none", "six_four", "wide"),
+        default="none",
+        help="how block scales are chosen (default none)",
+    )
+    quantize.add_argument(
+        "--share",
+        choices=("experts", "merged", "none"),
+        default="experts",
+        help="weights with one global scale: gate and up of an expert (default), all that engines merge, none",
+    )
+    quantize.add_argument("--shard-gib", type=float, default=1.0, help="size at which an output file ends (default 1)")
+    quantize.add_argument("--layers", action="store_true", help="show the SQNR of each layer too")
+
+    compare = commands.add_parser("compare", help="show module by module how far two checkpoints are apart")
+    compare.add_argument("reference", help="folder of a HuggingFace model: config.json and weights")
+    compare.add_argument(
+        "other", nargs="?", help="checkpoint of the same model; without it, the reference packed to NVFP4"
+    )
+    compare.add_argument("--layers", type=int, help="look at the first layers only")
+    compare.add_argument(
+        "--text", metavar="FILE", help="run on this text, by the reference's tokenizer, not on random ids"
+    )
+    compare.add_argument("--tokens", type=int, default=64, help="most tokens of the input (default 64)")
+    compare.add_argument("--limit", type=int, default=30, help="modules to show, 0 for all (default 30)")
+    compare.add_argument("--plot", metavar="FILE", help="draw a PNG, SVG or PDF")
+    compare.add_argument("--json", metavar="FILE", help="write all figures")
+    inspect = commands.add_parser("inspect", help="show what a checkpoint holds, in which formats, and its problems")
+    inspect.add_argument("path", help="a .safetensors file, an index.json, or a folder with either")
+    inspect.add_argument("--headers-only", action="store_true", help="do not read the scales")
 
     parsed = parser.parse_args(arguments)
     try:
@@ -92,6 +133,82 @@ def _warm(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _quantize(parsed: argparse.Namespace) -> int:
+    from dsv4_compile.checkpoint.quantize import quantize_checkpoint
+
+    console = Console()
+    report = quantize_checkpoint(
+        parsed.source,
+        parsed.destination,
+        include=parsed.include,
+        exclude=parsed.exclude,
+        search=parsed.search,
+        share=parsed.share,
+        shard_bytes=int(parsed.shard_gib * 2**30),
+        console=console,
+    )
+    if report.resumed:
+        console.print(f"{report.resumed} files of an interrupted run were kept")
+    if report.quantized:
+        console.print(report.table("kind"), *([report.table("layer")] if parsed.layers else []))
+    console.print(report.summary(), markup=False, highlight=False)
+    return 0
+
+
+def _compare(parsed: argparse.Namespace) -> int:
+    from dsv4_compile.checkpoint import load_checkpoint
+    from dsv4_compile.comparison import compare
+    from dsv4_compile.quantization import quantize_
+
+    for option in ("tokens", "limit"):
+        if getattr(parsed, option) < (option == "tokens"):
+            raise ValueError(f"--{option} must be at least {int(option == 'tokens')}, got {getattr(parsed, option)}")
+    logging.getLogger("dsv4_compile").setLevel(logging.ERROR)
+    console = Console()
+    with console.status("reading the reference") as status:
+        models = [model_on_meta(parsed.reference, parsed.layers) for _ in range(2)]
+        load_checkpoint(models[0], parsed.reference, strict=parsed.layers is None)
+        status.update("reading the other model")
+        load_checkpoint(models[1], parsed.other or parsed.reference, strict=parsed.layers is None)
+        if parsed.other is None:
+            status.update("packing its copy to NVFP4")
+            quantize_(models[1])
+        input_ids = _input_ids(parsed, models[0].config)
+        found = compare(models[0], models[1], {"input_ids": input_ids, "use_cache": False}, progress=status.update)
+    console.print(found.table(parsed.limit or None))
+    console.print(found.summary(), markup=False, highlight=False)
+    if parsed.json:
+        found.save(parsed.json)
+    if parsed.plot:
+        found.plot(parsed.plot)
+    return 0
+
+
+def _input_ids(parsed: argparse.Namespace, config: Any) -> torch.Tensor:
+    """Ids [1, tokens]: those of a text, or random ones, always the same."""
+    if parsed.text is None:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(config.vocab_size, (1, parsed.tokens), generator=generator)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(parsed.reference, local_files_only=True)
+    ids = tokenizer(Path(parsed.text).read_text(encoding="utf-8"))["input_ids"][: parsed.tokens]
+    if not ids:
+        raise ValueError(f"--text must hold at least one token, got {parsed.text}")
+    return torch.tensor([ids])
+
+
+def _inspect(parsed: argparse.Namespace) -> int:
+    from dsv4_compile.checkpoint import inspect
+
+    console = Console()
+    with console.status("reading headers" if parsed.headers_only else "reading headers and scales"):
+        found = inspect(parsed.path, scales=not parsed.headers_only)
+    console.print(found.table())
+    console.print(found.summary(), markup=False, highlight=False)
+    return 1 if found.problems else 0
+
+
 def model_on_meta(config_path: str | None, num_layers: int | Literal["every kind"] | None = None) -> Any:
     """Builds a HuggingFace causal language model on the meta device, in bf16, from its config alone.
 
@@ -132,7 +249,14 @@ def _layers_of_every_kind(config: Any) -> int:
     return max([1, *(values.index(kind) + 1 for values in kinds for kind in set(values))])
 
 
-_COMMANDS = {"demo": _demo, "explain": _explain, "warm": _warm}
+_COMMANDS = {
+    "demo": _demo,
+    "explain": _explain,
+    "warm": _warm,
+    "inspect": _inspect,
+    "quantize": _quantize,
+    "compare": _compare,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,6 +18,7 @@ FORMAT_NAMES: Mapping[str, str] = {
     "mxfp4": "MXFP4",
     "fp8": "FP8",
 }
+PACKED_FORMATS = ("nvfp4", "nvfp4_ct", "mxfp4")
 MXFP4_BLOCK = 32
 FP8_BLOCKS = (128, 64, 32)
 
@@ -90,8 +91,8 @@ class _UnknownFormatError(Exception):
 
 
 def _is_scale_of_another(name: str, entries: Mapping[str, Entry]) -> bool:
-    if name.endswith(".scale"):
-        return f"{name.removesuffix('.scale')}.weight" in entries
+    if name.rpartition(".")[2] == "scale":
+        return f"{name.removesuffix('scale')}weight" in entries
     for suffix in ("_scale_2", "_scale_inv", "_global_scale", "_scale"):
         if name.endswith(suffix):
             base = name.removesuffix(suffix)
@@ -101,7 +102,8 @@ def _is_scale_of_another(name: str, entries: Mapping[str, Entry]) -> bool:
 
 def _source(name: str, entry: Entry, entries: Mapping[str, Entry]) -> Source:
     base = name.removesuffix("_packed") if f"{name.removesuffix('_packed')}_scale" in entries else name
-    native_scale = entries.get(f"{name.removesuffix('.weight')}.scale") if name.endswith(".weight") else None
+    is_weight = name.rpartition(".")[2] == "weight"
+    native_scale = entries.get(f"{name.removesuffix('weight')}scale") if is_weight else None
     scale = native_scale or entries.get(f"{base}_scale") or entries.get(f"{base}_scale_inv")
     if entry.dtype in ("U8", "I8"):
         if scale is None:
@@ -176,12 +178,20 @@ def _config_problems(checkpoint: Checkpoint) -> list[str]:
         if not isinstance(section, Mapping):
             found.append(f"{file}: the quantization section must be an object, got {type(section).__name__}")
             continue
-        found.extend(_unknown(file, section, "quant_algo", KNOWN_ALGORITHMS))
-        found.extend(_unknown(file, section, "moe_quant_algo", KNOWN_ALGORITHMS))
         found.extend(_unknown(file, section, "quant_method", KNOWN_METHODS))
+        layers, groups = section.get("quantized_layers"), section.get("config_groups")
+        for part in (section, *_objects(layers)):
+            found.extend(_unknown(file, part, "quant_algo", KNOWN_ALGORITHMS))
+            found.extend(_unknown(file, part, "moe_quant_algo", KNOWN_ALGORITHMS))
         if section.get("quant_method") == "compressed-tensors":
-            found.extend(_unknown(file, section, "format", KNOWN_CT_FORMATS))
-    return found
+            for part in (section, *_objects(groups)):
+                found.extend(_unknown(file, part, "format", KNOWN_CT_FORMATS))
+    return list(dict.fromkeys(found))
+
+
+def _objects(value: Any) -> list[Mapping[str, Any]]:
+    """The objects among the values of an object (``quantized_layers`` of nvidia, ``config_groups`` of vLLM)."""
+    return [item for item in value.values() if isinstance(item, Mapping)] if isinstance(value, Mapping) else []
 
 
 def _unknown(file: str, section: Mapping[str, Any], key: str, known: tuple[str, ...]) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +16,11 @@ from torch import Tensor
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
-# Of safetensors' dtypes those that the formats are made of; bytes an element.
-DTYPE_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E8M0": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+# Of safetensors' dtypes those that the formats are made of.
+TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -44,17 +47,19 @@ class Entry:
         dtype: safetensors' name: ``BF16``, ``U8``, ``F8_E4M3`` ...
         shape: its sizes.
         file: the safetensors file that holds it.
+        offset: where its data begin in the file, in bytes.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: Path
+    offset: int
 
     @property
     def num_bytes(self) -> int:
         """Size of the data."""
-        return torch.Size(self.shape).numel() * DTYPE_BYTES.get(self.dtype, 1)
+        return torch.Size(self.shape).numel() * TORCH_DTYPES[self.dtype].itemsize
 
 
 @dataclass
@@ -76,30 +81,60 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)
     quant_config: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    _open: dict[Path, Any] = field(default_factory=dict, repr=False)
+    _descriptors: dict[Path, int] = field(default_factory=dict, repr=False)
+    _stamps: dict[Path, tuple[int, int]] = field(default_factory=dict, repr=False)
 
-    def read(self, name: str) -> Tensor:
-        """The tensor ``name`` on the CPU; its memory is the file's, mapped, until :meth:`close`.
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        """Reads the tensor ``name``.
+
+        Not through a mapping: mapped pages count as this process's memory until somebody needs them, and a file that
+        shrinks under a mapping kills the process.
+
+        Args:
+            name: in the checkpoint.
+            out: where to put it: on the CPU, contiguous, of its shape and of a dtype that is as wide; new without.
 
         Raises:
             CheckpointError: the file changed since it was opened, or cannot be read.
         """
-        entry = self.entries[name]
+        return self.read_entry(self.entries[name], out)
+
+    def read_entry(self, entry: Entry, out: Tensor | None = None) -> Tensor:
+        """Reads what an entry describes, be it a part of a stored tensor; see :meth:`read`."""
+        if out is None:
+            out = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+        assert out.is_contiguous()
+        assert (out.shape, out.nbytes) == (entry.shape, entry.num_bytes)
+        data: memoryview = out.detach().view(-1).view(torch.uint8).numpy().data
+        done = 0
         try:
-            if entry.file not in self._open:
-                self._open[entry.file] = safe_open(entry.file, "pt").__enter__()
-            tensor: Tensor = self._open[entry.file].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(str(self.path), [f"{entry.file.name}: {name}: {error}"]) from error
-        if tuple(tensor.shape) != entry.shape:
-            raise CheckpointError(str(self.path), [f"{entry.file.name}: {name}: changed while it was being read"])
-        return tensor
+            descriptor = self._descriptor(entry.file)
+            while done < len(data):
+                count = os.preadv(descriptor, [data[done:]], entry.offset + done)
+                if count == 0:
+                    raise OSError("the file ends before its data")
+                done += count
+        except OSError as error:
+            raise CheckpointError(str(self.path), [f"{entry.file.name}: {entry.name}: {error}"]) from error
+        return out
+
+    def read_ahead(self, entry: Entry) -> None:
+        """Has the system bring an entry's data from the disk while other work is done."""
+        if hasattr(os, "posix_fadvise") and entry.file.is_file():
+            os.posix_fadvise(self._descriptor(entry.file), entry.offset, entry.num_bytes, os.POSIX_FADV_WILLNEED)
+
+    def _descriptor(self, file: Path) -> int:
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(file, os.O_RDONLY)
+        if _stamp(os.fstat(self._descriptors[file])) != self._stamps[file]:
+            raise OSError("the file changed since its header was read")
+        return self._descriptors[file]
 
     def close(self) -> None:
         """Closes the files that were read from."""
-        for handle in self._open.values():
-            handle.__exit__(None, None, None)
-        self._open.clear()
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -185,20 +220,30 @@ def _open_indexed(checkpoint: Checkpoint, index: Path) -> None:
     )
 
 
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
 def _add_file(checkpoint: Checkpoint, file: Path) -> None:
     try:
-        with safe_open(file, "pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 -- no mapping
-                part = handle.get_slice(name)
-                dtype, shape = str(part.get_dtype()), tuple(part.get_shape())
-                if name in checkpoint.entries:
-                    other = checkpoint.entries[name].file.name
-                    checkpoint.problems.append(f"{name}: must stand once, is in {other} and in {file.name}")
-                elif dtype not in DTYPE_BYTES:
-                    checkpoint.problems.append(f"{file.name}: {name}: unknown dtype {dtype}")
-                else:
-                    checkpoint.entries[name] = Entry(name, dtype, shape, file)
-    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        stamp = _stamp(file.stat())
+        with safe_open(file, "pt"):  # checks that the header is whole, and that sizes and offsets fit the file
+            pass
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+    except (SafetensorError, OSError, ValueError, OverflowError, struct.error) as error:
         checkpoint.problems.append(f"{file.name}: no valid safetensors file: {error}")
         return
     checkpoint.files.append(file)
+    checkpoint._stamps[file] = stamp
+    header.pop("__metadata__", None)
+    for name, described in header.items():
+        dtype, shape, (start, _) = described["dtype"], tuple(described["shape"]), described["data_offsets"]
+        if name in checkpoint.entries:
+            other = checkpoint.entries[name].file.name
+            checkpoint.problems.append(f"{name}: must stand once, is in {other} and in {file.name}")
+        elif dtype not in TORCH_DTYPES:
+            checkpoint.problems.append(f"{file.name}: {name}: unknown dtype {dtype}")
+        else:
+            checkpoint.entries[name] = Entry(name, dtype, shape, file, 8 + length + start)

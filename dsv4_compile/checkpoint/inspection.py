@@ -6,14 +6,13 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from dsv4_compile.checkpoint.decode import E8M0_NAN
+from dsv4_compile.checkpoint.decode import BadScalesError, check_scales
 from dsv4_compile.checkpoint.formats import FORMAT_NAMES, Contents, Source, recognise
 from dsv4_compile.checkpoint.index import Checkpoint, open_checkpoint
-from dsv4_compile.checkpoint.names import layer_pattern, mtp_names
+from dsv4_compile.checkpoint.names import layer_number, layer_pattern, mtp_names
 
 
 @dataclass
@@ -26,6 +25,7 @@ class Group:
     shape: tuple[int, ...]
     count: int = 0
     num_bytes: int = 0
+    layers: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -36,7 +36,8 @@ class Inspection:
         path: of the checkpoint.
         files: number of safetensors files.
         num_bytes: size of all tensors.
-        groups: the weights by kind, in the order in which they stand.
+        layers: number of decoder layers, without those of multi-token-prediction modules.
+        groups: the weights by kind, in the order of their names.
         activation_scales: number of static activation scales, which are never used.
         mtp: number of weights of multi-token-prediction modules.
         announced: quantisation method and algorithm that the configs name.
@@ -46,6 +47,7 @@ class Inspection:
     path: Path
     files: int
     num_bytes: int
+    layers: int = 0
     groups: list[Group] = field(default_factory=list)
     activation_scales: int = 0
     mtp: int = 0
@@ -55,21 +57,23 @@ class Inspection:
     def table(self) -> Table:
         """The groups as a rich table."""
         table = Table(title=str(self.path), title_justify="left")
-        for column in ("weights", "count", "shape", "format", "stored as", "MiB"):
+        for column in ("weights", "layers", "count", "shape", "format", "stored as", "MiB"):
             table.add_column(column, overflow="fold", justify="right" if column in ("count", "MiB") else "left")
         for group in self.groups:
             shape = "x".join(map(str, group.shape)) or "-"
             size = f"{group.num_bytes / 2**20:.1f}"
-            table.add_row(group.name, str(group.count), shape, FORMAT_NAMES[group.format], group.dtype, size)
+            layers, format_name = _ranges(group.layers), FORMAT_NAMES[group.format]
+            table.add_row(group.name, layers, str(group.count), shape, format_name, group.dtype, size)
         return table
 
     def summary(self) -> str:
         """Totals and problems."""
         lines = [
-            f"{self.files} files, {self.num_bytes / 2**30:.2f} GiB; configs announce {self.announced or 'nothing'}; "
-            f"{self.activation_scales} activation scales (never used), {self.mtp} MTP weights (not loaded)"
+            f"{_count(self.files, 'file')}, {_count(self.layers, 'layer')}, {self.num_bytes / 2**30:.2f} GiB; "
+            f"configs announce {self.announced or 'nothing'}; "
+            f"{self.activation_scales} activation scales (never used), {self.mtp} MTP weights"
         ]
-        lines.append(f"{len(self.problems)} problems" + "".join(f"\n  - {problem}" for problem in self.problems))
+        lines.append(_count(len(self.problems), "problem") + "".join(f"\n  - {problem}" for problem in self.problems))
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -95,17 +99,21 @@ def inspect(path: str | Path, *, scales: bool = True) -> Inspection:
         found = Inspection(Path(path), len(checkpoint.files), checkpoint.num_bytes)
         found.problems = checkpoint.problems + contents.problems
         groups: dict[tuple[object, ...], Group] = {}
+        mtp = mtp_names(contents.sources)
         for source in contents.sources.values():
             dtype = " + ".join(entry.dtype for entry in source.parts.values())
             key = layer_pattern(source.name), source.format, dtype, source.shape
             group = groups.setdefault(key, Group(key[0], source.format, dtype, source.shape))
             group.count += 1
             group.num_bytes += source.num_bytes
+            if (layer := layer_number(source.name)) is not None:
+                group.layers.add(layer)
             if scales:
                 found.problems.extend(_scale_problems(checkpoint, source))
-        found.groups = list(groups.values())
+        found.groups = sorted(groups.values(), key=lambda group: (group.name, min(group.layers, default=0)))
         found.activation_scales = len(contents.activation_scales)
-        found.mtp = len(mtp_names(contents.sources))
+        found.mtp = len(mtp)
+        found.layers = len({layer_number(name) for name in contents.sources if name not in mtp} - {None})
         found.announced = _announced(checkpoint)
         found.problems.extend(_missing_experts(contents))
     return found
@@ -125,20 +133,23 @@ def _announced(checkpoint: Checkpoint) -> str:
 
 def _scale_problems(checkpoint: Checkpoint, source: Source) -> list[str]:
     problems = []
-    for role in ("scale", "global_scale"):
-        if role not in source.parts:
-            continue
-        name = source.parts[role].name
-        scale = checkpoint.read(name)
-        if scale.dtype == torch.float8_e8m0fnu:
-            is_bad = bool((scale.view(torch.uint8) == E8M0_NAN).any())
-        else:
-            values = scale.to(torch.float32)
-            is_bad = not bool((values.isfinite() & (values >= 0)).all())
-            is_bad = is_bad or (role == "global_scale" and bool((values == 0).any()))
-        if is_bad:
-            problems.append(f"{name}: holds NaN, negative or zero scales")
+    for role in sorted(source.parts.keys() - {"data"}):
+        try:
+            check_scales(source, role, checkpoint.read(source.parts[role].name))
+        except BadScalesError as problem:
+            problems.append(str(problem))
     return problems
+
+
+def _ranges(numbers: set[int]) -> str:
+    """``0-2, 5`` for 0, 1, 2 and 5."""
+    starts = sorted(number for number in numbers if number - 1 not in numbers)
+    ends = sorted(number for number in numbers if number + 1 not in numbers)
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _missing_experts(contents: Contents) -> list[str]:

@@ -6,14 +6,15 @@ import re
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-# DeepSeek's own names -> HuggingFace's, applied in this order. What no rule touches is HuggingFace's already.
+# DeepSeek's own names -> HuggingFace's, applied in this order to the name with a dot in front, so that a layer or a
+# block by itself is named as it is within a model. What no rule touches is HuggingFace's already.
 # Source: the weight names of deepseek-ai/DeepSeek-V4 and transformers' DeepseekV4 modules.
 _RENAMES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"^embed\.weight$", "embed_tokens.weight"),
-        (r"^head\.weight$", "lm_head.weight"),
-        (r"(^|\.)hc_head_(fn|base|scale)$", r"\1hc_head.hc_\2"),
+        (r"^\.embed\.weight$", ".embed_tokens.weight"),
+        (r"^\.head\.weight$", ".lm_head.weight"),
+        (r"\.hc_head_(fn|base|scale)$", r".hc_head.hc_\1"),
         (r"\.attn\.", ".self_attn."),
         (r"\.ffn\.", ".mlp."),
         (r"\.block_sparse_moe\.", ".mlp."),
@@ -40,6 +41,7 @@ _RENAMES = tuple(
     )
 )
 _EXPERT = re.compile(r"^(.*\bexperts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
+LISTED_EXPERT = re.compile(r"\bexperts\.\d+\.")
 _MTP = re.compile(r"(^|\.)mtp\.")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _MTP_PARTS = re.compile(r"\.(eh_proj|e_proj|h_proj|enorm|hnorm|shared_head)\b")
@@ -62,9 +64,10 @@ class Slot(NamedTuple):
 
 def huggingface_name(name: str) -> str:
     """The name that HuggingFace's modules use, without regard to a leading ``model.``."""
+    name = f".{name}"
     for pattern, replacement in _RENAMES:
         name = pattern.sub(replacement, name)
-    return name
+    return name[1:]
 
 
 def find_slot(name: str, parameters: Collection[str]) -> Slot | None:
@@ -95,6 +98,12 @@ def mtp_names(names: Iterable[str]) -> set[str]:
     layers = {name: match[1] for name in names if (match := _LAYER.search(name)) is not None}
     mtp_layers = {layers[name] for name in layers if _MTP_PARTS.search(name)}
     return {name for name in names if _MTP.search(name) or layers.get(name) in mtp_layers}
+
+
+def layer_number(name: str) -> int | None:
+    """The number of the decoder layer that a stored weight belongs to, or None."""
+    found = _LAYER.search(name)
+    return None if found is None else int(found[1])
 
 
 def layer_pattern(name: str) -> str:

@@ -7,11 +7,12 @@ checksums, so what is damaged here is structure: headers, index, config, lengths
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import random
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from dsv4_compile.checkpoint import CheckpointError, inspect, load_checkpoint
 from tests.checkpoint import stored
 
 CASES = 500
+HANGS_AFTER = 600  # seconds for 50 cases that take one; a hang ends with every thread's traceback
 INDEX = "model.safetensors.index.json"
 
 
@@ -33,6 +35,8 @@ class Model(nn.Module):
         self.mx = nn.Linear(64, 16, bias=False)
         self.eight = nn.Linear(48, 40, bias=False)
         self.plain = nn.Linear(16, 8)
+        self.experts = nn.Module()
+        self.experts.gate_up_proj = nn.Parameter(torch.zeros(2, 32, 32))
 
 
 def tensors() -> stored.Tensors:
@@ -40,6 +44,11 @@ def tensors() -> stored.Tensors:
     values = stored.modelopt({"packed.weight": torch.randn(16, 32)}, lambda *_: True)
     values["mx.weight"], values["mx.scale"] = stored.mxfp4_parts(torch.randn(16, 64))
     values["eight.weight"], values["eight.weight_scale_inv"] = stored.fp8_parts(torch.randn(40, 48), 32, torch.float32)
+    for expert in range(2):
+        for projection in ("gate", "up"):
+            codes, scales, scale = stored.nvfp4_parts(torch.randn(16, 32))
+            parts = {"packed": codes, "scale": scales, "global_scale": (1 / scale).reshape(1)}
+            values |= {f"experts.{expert}.{projection}_proj.weight_{role}": part for role, part in parts.items()}
     return values | {"plain.weight": torch.randn(8, 16), "plain.bias": torch.randn(8)}
 
 
@@ -78,7 +87,6 @@ def flip_header_bits(folder: Path, rng: random.Random) -> None:
     for _ in range(rng.randint(1, 4)):
         position = rng.randrange(header_of(bytes(data)) if len(data) > 8 else 8)
         data[min(position, len(data) - 1)] ^= 1 << rng.randrange(8)
-        break
     shard.write_bytes(bytes(data))
 
 
@@ -212,6 +220,13 @@ DAMAGE: list[Callable[[Path, random.Random], None]] = [
     one_shard_twice, drop_shard, shard_is_a_folder, flip_index_bits, flip_index_bits, cut_index, nonsense_config, rename,
     drop_tensor, other_dtype, other_shape, bad_scales,
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_hang() -> Iterator[None]:
+    faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.mark.parametrize("batch", range(10))

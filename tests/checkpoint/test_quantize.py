@@ -1,0 +1,529 @@
+"""``quantize_checkpoint``: the numbers of ``quantize_``, files that load, and a destination that survives anything."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dsv4_compile import Nvfp4Tensor, cli, nvfp4, quantize_
+from dsv4_compile.checkpoint import CheckpointError, durable, inspect, load_checkpoint, quantize
+from dsv4_compile.checkpoint.quantize import quantize_checkpoint
+from dsv4_compile.demo import demo_model
+from tests.checkpoint import killed, stored
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return demo_model()
+
+
+@pytest.fixture(scope="module")
+def config(model: Any) -> dict[str, Any]:
+    return {**model.config.to_dict(), "dtype": "bfloat16", "quantization_config": {"quant_method": "fp8"}}
+
+
+@pytest.fixture(scope="module")
+def native(model: Any, tmp_path_factory: pytest.TempPathFactory) -> stored.Tensors:
+    return stored.native_tensors(model, tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few weights of every kind in three files, for tests of files and errors."""
+    tensors: stored.Tensors = {
+        "model.embed_tokens.weight": torch.randn(32, 64),
+        "model.layers.0.self_attn.q_a_proj.weight": torch.randn(48, 64),
+        "model.layers.0.self_attn.kv_proj.weight": torch.randn(16, 64),
+        "model.layers.0.mlp.experts.0.gate_proj.weight": torch.randn(32, 64),
+        "model.layers.0.mlp.experts.0.up_proj.weight": 3 * torch.randn(32, 64),
+        "model.layers.0.mlp.experts.0.down_proj.weight": torch.randn(64, 32),
+        "model.layers.0.mlp.gate.weight": torch.randn(8, 64),
+        "model.layers.0.mlp.odd.weight": torch.randn(8, 24),
+    }
+    tensors = {name: value.bfloat16() for name, value in tensors.items()}
+    tensors["model.layers.0.mlp.wide.weight"] = torch.randn(8, 64)
+    folder = stored.write(tmp_path_factory.mktemp("small"), tensors, {"model_type": "toy"}, shards=3)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_bytes(b"not copied")
+    return folder
+
+
+def empty_model(model: Any) -> Any:
+    from transformers import DeepseekV4ForCausalLM
+
+    with torch.device("meta"):
+        return DeepseekV4ForCausalLM(model.config).to(torch.bfloat16).eval()
+
+
+def tensors_of(folder: Path) -> stored.Tensors:
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+def assert_same_bits(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.dtype == theirs.dtype
+    assert ours.shape == theirs.shape
+    assert torch.equal(*(tensor.flatten().contiguous().view(torch.uint8) for tensor in (ours, theirs)))
+
+
+SOURCES: dict[str, Callable[[Any, stored.Tensors], stored.Tensors]] = {
+    "huggingface": lambda model, native: stored.huggingface_tensors(model),
+    "stacked": lambda model, native: dict(model.state_dict()),
+    "native": lambda model, native: native,
+}
+
+
+@pytest.mark.parametrize("names", SOURCES)
+def test_same_codes_as_quantize_(
+    model: Any, native: stored.Tensors, config: dict[str, Any], names: str, tmp_path: Path
+) -> None:
+    """Guards against a checkpoint whose model is not the one that ``quantize_`` makes of the same bf16 weights."""
+    source = stored.write(tmp_path / "bf16", SOURCES[names](model, native), config, shards=3)
+    report = quantize_checkpoint(source, tmp_path / "nvfp4", shard_bytes=1 << 20)
+    loaded, expected = empty_model(model), copy.deepcopy(model)
+    load_checkpoint(loaded, tmp_path / "nvfp4")
+    packed = quantize_(expected).quantized
+    theirs = dict(expected.named_parameters())
+    for name, ours in loaded.named_parameters():
+        if name not in packed:
+            assert_same_bits(ours.data, theirs[name].data.to(ours.dtype))
+            continue
+        assert_same_bits(ours.codes, theirs[name].codes)
+        assert_same_bits(ours.block_scales, theirs[name].block_scales)
+        scales = ours.global_scale if ours.global_scale.dim() < 2 else ours.global_scale[:, 0]
+        assert_same_bits(scales, theirs[name].global_scale)
+        if ours.global_scale.dim() == 2:  # gate and up
+            assert_same_bits(ours.global_scale[:, 1], theirs[name].global_scale)
+    assert {name for name, value in loaded.named_parameters() if isinstance(value.data, Nvfp4Tensor)} == set(packed)
+    assert len(report.quantized) == len(packed) - 6 + 3 * 8 * 3  # three layers, 8 experts, 3 projections
+    assert not inspect(tmp_path / "nvfp4").problems
+
+
+def test_native_is_taken_over(model: Any, native: stored.Tensors, config: dict[str, Any], tmp_path: Path) -> None:
+    """Guards against a loss in MXFP4 experts, and FP8 quantised from values rounded to bf16 on the way."""
+    source = stored.write(tmp_path / "native", stored.native(native), config, shards=2)
+    report = quantize_checkpoint(source, tmp_path / "nvfp4")
+    converted, direct = empty_model(model), empty_model(model)
+    load_checkpoint(converted, tmp_path / "nvfp4")
+    load_checkpoint(direct, source, fp8="nvfp4")
+    theirs = dict(direct.named_parameters())
+    for name, ours in converted.named_parameters():
+        if isinstance(ours.data, Nvfp4Tensor):
+            packed = theirs[name].data
+            packed = packed if isinstance(packed, Nvfp4Tensor) else Nvfp4Tensor.from_float(packed)
+            assert_same_bits(ours.codes, packed.codes)
+            assert torch.equal(ours.dequantize(), packed.dequantize())
+        else:
+            assert_same_bits(ours.data, theirs[name].data)
+    assert len(report.taken_over) == 3 * 8 * 3
+    assert {weight.source for weight in report.quantized} == {"fp8", "plain"}
+    tensors = tensors_of(tmp_path / "nvfp4")
+    expert = "model.layers.1.mlp.experts.2"
+    assert_same_bits(tensors[f"{expert}.gate_proj.weight_scale_2"], tensors[f"{expert}.up_proj.weight_scale_2"])
+
+
+def test_mxfp4_outside_the_span(native: stored.Tensors, tmp_path: Path) -> None:
+    """Guards against block scales that E4M3 cannot hold: such a weight is quantised anew, and says so."""
+    tensors = stored.native({name: value for name, value in native.items() if name.startswith("layers.0.")})
+    tensors["layers.0.ffn.experts.0.w1.scale"].view(torch.uint8)[0] = 200
+    report = quantize_checkpoint(stored.write(tmp_path / "native", tensors), tmp_path / "nvfp4")
+    anew = [weight for weight in report.quantized if weight.source == "mxfp4"]
+    assert [weight.name for weight in anew] == ["model.layers.0.mlp.experts.0.gate_proj.weight"]
+    assert anew[0].reason == "MXFP4 exponents span more than 17"
+    up = "layers.0.ffn.experts.0.w3.weight"
+    assert_same_bits(
+        tensors_of(tmp_path / "nvfp4")["model.layers.0.mlp.experts.0.up_proj.weight"].view(torch.int8), tensors[up]
+    )
+
+
+def test_mixed_precision_source(model: Any, native: stored.Tensors, config: dict[str, Any], tmp_path: Path) -> None:
+    """Guards against NVFP4 quantised twice, MTP misread, and a static activation scale carried over."""
+    written = stored.nvidia_mixed(native)
+    source = stored.write(tmp_path / "mixed", written, config)
+    report = quantize_checkpoint(source, tmp_path / "nvfp4")
+    tensors = tensors_of(tmp_path / "nvfp4")
+    assert_same_bits(
+        tensors["model.layers.0.mlp.experts.3.down_proj.weight"], written["layers.0.ffn.experts.3.w2.weight"]
+    )
+    for name in ("mtp.0.ffn.experts.0.w1.weight", "mtp.0.ffn.experts.0.w1.scale"):
+        assert_same_bits(tensors[name], written[name])
+    assert not [name for name in tensors if name.endswith("input_scale")]
+    assert (report.mtp, report.dropped_activation_scales) == (3, 72)
+    assert len(load_checkpoint(empty_model(model), tmp_path / "nvfp4").ignored_mtp) == 3
+
+
+def test_left_alone_fp8_becomes_bf16(native: stored.Tensors, config: dict[str, Any], tmp_path: Path) -> None:
+    """Guards against an excluded weight in a form that a reader of this layout does not expect."""
+    written = stored.native(native)
+    source = stored.write(tmp_path / "native", written, config)
+    report = quantize_checkpoint(
+        source, tmp_path / "nvfp4", exclude=["*.self_attn.*", "*.mlp.gate.weight", "*embed*", "*head*"]
+    )
+    kept = tensors_of(tmp_path / "nvfp4")["model.layers.0.self_attn.q_a_proj.weight"]
+    assert_same_bits(
+        kept, stored.fp8_values(written["layers.0.attn.wq_a.weight"], written["layers.0.attn.wq_a.scale"], 128)
+    )
+    assert report.left_alone["model.layers.0.self_attn.q_a_proj.weight"] == "excluded by '*.self_attn.*'"
+    excluded = json.loads((tmp_path / "nvfp4" / "hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
+    assert "model.layers.*.self_attn.q_a_proj" in excluded
+
+
+@pytest.mark.parametrize(
+    ("share", "experts_share", "linears_share"),
+    [("experts", True, False), ("merged", True, True), ("none", False, False)],
+)
+def test_share(small: Path, tmp_path: Path, share: str, experts_share: bool, linears_share: bool) -> None:
+    """Guards against gate and up with two global scales where engines read one (vLLM issue 54150)."""
+    quantize_checkpoint(small, tmp_path / "nvfp4", share=share)
+    tensors = tensors_of(tmp_path / "nvfp4")
+    layer = "model.layers.0"
+    gate, up = (tensors[f"{layer}.mlp.experts.0.{name}_proj.weight_scale_2"] for name in ("gate", "up"))
+    q, kv = (tensors[f"{layer}.self_attn.{name}_proj.weight_scale_2"] for name in ("q_a", "kv"))
+    assert torch.equal(gate, up) == experts_share
+    assert torch.equal(q, kv) == linears_share
+    original = tensors_of(small)
+    amax = max(original[f"{layer}.mlp.experts.0.{name}_proj.weight"].abs().max().item() for name in ("gate", "up"))
+    assert up.item() == torch.tensor(amax).div(2688).item()
+
+
+def test_layout(small: Path, tmp_path: Path) -> None:
+    """Guards against a folder that others cannot read: names, dtypes, configs, index, permissions, other files."""
+    report = quantize_checkpoint(small, tmp_path / "nvfp4", shard_bytes=4096)
+    folder = tmp_path / "nvfp4"
+    original, tensors = tensors_of(small), tensors_of(folder)
+    name = "model.layers.0.self_attn.q_a_proj.weight"
+    parts = nvfp4.quantize_weight(original[name])
+    for suffix, part in zip(("", "_scale", "_scale_2"), parts, strict=True):
+        assert_same_bits(tensors[f"{name}{suffix}"], part)
+    assert_same_bits(tensors["model.embed_tokens.weight"], original["model.embed_tokens.weight"])
+    assert report.left_alone == {
+        "model.embed_tokens.weight": "excluded by '*embed*'",
+        "model.layers.0.mlp.gate.weight": "excluded by '*.mlp.gate.weight'",
+        "model.layers.0.mlp.odd.weight": "K = 24 is not divisible by 16",
+        "model.layers.0.mlp.wide.weight": "float32 weight",
+    }
+    config = json.loads((folder / "config.json").read_text())
+    quant = json.loads((folder / "hf_quant_config.json").read_text())["quantization"]
+    left = ["model.embed_tokens", "model.layers.0.mlp.gate", "model.layers.0.mlp.odd", "model.layers.0.mlp.wide"]
+    assert quant["exclude_modules"] == config["quantization_config"]["ignore"] == left
+    assert (quant["quant_algo"], quant["group_size"], config["model_type"]) == ("NVFP4", 16, "toy")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in tensors.values())
+    assert {file: sorted(load_file(folder / file)) for file in set(index["weight_map"].values())} == {
+        file.name: sorted(n for n, f in index["weight_map"].items() if f == file.name)
+        for file in folder.glob("*.safetensors")
+    }
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    assert {path.name for path in folder.iterdir() if path.suffix != ".safetensors"} == {
+        "config.json", "hf_quant_config.json", "model.safetensors.index.json", "quantization_report.json", "tokenizer.json",
+    }  # fmt: skip
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {
+        (folder / "config.json").stat().st_mode & 0o777
+    }
+
+
+def test_others_read_it(small: Path, tmp_path: Path) -> None:
+    """Guards against a writer and a reader of ours that are wrong alike: compressed-tensors' own code unpacks."""
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+
+    report = quantize_checkpoint(small, tmp_path / "nvfp4", search="six_four")
+    original, tensors = tensors_of(small), tensors_of(tmp_path / "nvfp4")
+    for weight in report.quantized:
+        codes, scales, scale = (tensors[f"{weight.name}{suffix}"] for suffix in ("", "_scale", "_scale_2"))
+        values = unpack_fp4_from_uint8(codes, *weight.shape, dtype=torch.float32).unflatten(1, (-1, 16))
+        exact = original[weight.name].float()
+        error = (values * scales.float().unsqueeze(-1) * scale).flatten(1) - exact
+        assert error.norm() / exact.norm() < 0.11
+    assert len(report.quantized) == 5
+
+
+def test_patterns(small: Path, tmp_path: Path) -> None:
+    """Patterns hold for the names of the result and of the model's stacked parameters; ``include`` admits fp32."""
+    report = quantize_checkpoint(small, tmp_path / "a", include=["*.experts.gate_up_proj", "*.wide.weight"])
+    assert sorted(weight.name for weight in report.quantized) == [
+        "model.layers.0.mlp.experts.0.gate_proj.weight",
+        "model.layers.0.mlp.experts.0.up_proj.weight",
+        "model.layers.0.mlp.wide.weight",
+    ]
+    report = quantize_checkpoint(small, tmp_path / "b", exclude="*.down_proj*")
+    assert report.left_alone["model.layers.0.mlp.experts.0.down_proj.weight"] == "excluded by '*.down_proj*'"
+    assert report.left_alone["model.layers.0.mlp.gate.weight"] == "router: it stands next to experts"
+    assert report.left_alone["model.embed_tokens.weight"] == "embedding, by its name"
+
+
+def test_report(small: Path, tmp_path: Path) -> None:
+    """Guards against figures that are not those of the stored weights."""
+    report = quantize_checkpoint(small, tmp_path / "nvfp4", search="wide")
+    original, tensors = tensors_of(small), tensors_of(tmp_path / "nvfp4")
+    found = json.loads((tmp_path / "nvfp4" / "quantization_report.json").read_text())
+    by_name = {weight["name"]: weight for weight in found["weights"]}
+    for weight in report.quantized:
+        exact = original[weight.name].double()
+        parts = (tensors[f"{weight.name}{suffix}"] for suffix in ("", "_scale", "_scale_2"))
+        error = nvfp4.dequantize(*parts).double() - exact
+        sqnr = 10 * torch.log10(exact.square().sum() / error.square().sum()).item()
+        assert by_name[weight.name]["sqnr_db"] == pytest.approx(sqnr, abs=2e-3)
+    groups = report.by_layer()
+    assert [group.name for group in groups] == ["model.layers.0"]
+    assert groups[0].gain_db > 1
+    text = str(report)
+    assert "5 weights quantised" in text
+    assert "by the search" in text
+    assert report.as_json() == report.from_json(found).as_json()
+
+
+ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
+    "search": ({"search": "best"}, "search must be one of none, six_four, wide, got 'best'"),
+    "share": ({"share": "all"}, "share must be one of experts, merged, none, got 'all'"),
+    "shard_bytes": ({"shard_bytes": 0}, "shard_bytes must be positive, got 0"),
+    "include": ({"include": "*.nothing"}, r"include must match a weight, got '\*.nothing' which matches none"),
+    "nothing to do": ({"exclude": "*"}, "source must hold weights to quantise, got none"),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_rejects_arguments(small: Path, tmp_path: Path, case: str) -> None:
+    arguments, message = ARGUMENTS[case]
+    with pytest.raises(ValueError, match=message):
+        quantize_checkpoint(small, tmp_path / "nvfp4", **arguments)
+    assert not (tmp_path / "nvfp4").exists()
+
+
+def test_rejects_places(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against hours of work that end in a full disk, and against anything of the user's overwritten."""
+    with pytest.raises(ValueError, match=r"source must exist, got .*absent"):
+        quantize_checkpoint(tmp_path / "absent", tmp_path / "nvfp4")
+    with pytest.raises(ValueError, match="destination must differ from the source"):
+        quantize_checkpoint(small, small)
+    with pytest.raises(ValueError, match="destination must differ from the source"):
+        quantize_checkpoint(small / "model.safetensors.index.json", small)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="destination must be a folder, got the file"):
+        quantize_checkpoint(small, tmp_path / "file")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("kept")
+    with pytest.raises(
+        ValueError, match=r"destination must be absent, empty or left by the same job, got .* other files"
+    ):
+        quantize_checkpoint(small, tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match=r"destination must have 0.02 GiB of disk space, got 0.00 GiB free"):
+        quantize_checkpoint(small, tmp_path / "new" / "deep")
+    assert not (tmp_path / "new").exists()
+
+
+def test_rejects_sources(small: Path, tmp_path: Path) -> None:
+    quantize_checkpoint(small, tmp_path / "nvfp4", include="*_proj.weight")
+    with pytest.raises(CheckpointError, match="source must hold weights to quantise, got only NVFP4"):
+        quantize_checkpoint(tmp_path / "nvfp4", tmp_path / "again")
+    name = "model.layers.0.self_attn.q_a_proj.weight"
+    bad = {name: torch.full((16, 32), float("inf")).bfloat16()}
+    with pytest.raises(CheckpointError, match=f"{name}: weight must be finite, got NaN or Inf"):
+        quantize_checkpoint(stored.write(tmp_path / "inf", bad), tmp_path / "from_inf")
+    truncated = shutil.copytree(small, tmp_path / "truncated")
+    file = truncated / "model-00002-of-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors: no valid safetensors file"):
+        quantize_checkpoint(truncated, tmp_path / "from_truncated")
+
+
+def test_non_finite_left_alone_is_reported(tmp_path: Path) -> None:
+    tensors = {"a.weight": torch.randn(16, 16).bfloat16(), "a.bias": torch.tensor([float("nan"), 1.0])}
+    report = quantize_checkpoint(stored.write(tmp_path / "source", tensors), tmp_path / "nvfp4")
+    assert "a.bias holds NaN or Inf, as in the source" in report.summary()
+
+
+def test_finished_destination_is_not_written_again(small: Path, tmp_path: Path) -> None:
+    first = quantize_checkpoint(small, tmp_path / "nvfp4")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "nvfp4").iterdir()}
+    again = quantize_checkpoint(small, tmp_path / "nvfp4")
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "nvfp4").iterdir()}
+    assert again.as_json() == first.as_json()
+    with pytest.raises(ValueError, match="which holds the result of another job"):
+        quantize_checkpoint(small, tmp_path / "nvfp4", search="six_four")
+
+
+class _StopError(Exception):
+    pass
+
+
+def stopped_run(small: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """A run that ends before its file number ``after``."""
+    write = durable.write_tensors
+    files: list[Path] = []
+
+    def stop(file: Path, *rest: Any) -> None:
+        files.append(file)
+        if len(files) == after:
+            raise _StopError
+        write(file, *rest)
+
+    monkeypatch.setattr(durable, "write_tensors", stop)
+    with pytest.raises(_StopError):
+        quantize_checkpoint(small, folder, shard_bytes=4096)
+    monkeypatch.setattr(durable, "write_tensors", write)
+
+
+def test_goes_on(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a second run that starts over, goes on with other options, or trusts a file that is damaged."""
+    stopped_run(small, tmp_path / "nvfp4", monkeypatch, after=3)
+    with pytest.raises(ValueError, match=r"left by the same job, got .* whose job differs in search \('none'\)"):
+        quantize_checkpoint(small, tmp_path / "nvfp4", shard_bytes=4096, search="wide")
+    other = shutil.copytree(small, tmp_path / "other", copy_function=shutil.copy)
+    with pytest.raises(ValueError, match="whose job differs in files"):
+        quantize_checkpoint(other, tmp_path / "nvfp4", shard_bytes=4096)
+    file = sorted((tmp_path / "nvfp4").glob("*.safetensors"))[1]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{file.name}: .* must have the checksum it had in memory"):
+        quantize_checkpoint(small, tmp_path / "nvfp4", shard_bytes=4096)
+    report = quantize_checkpoint(small, tmp_path / "nvfp4", shard_bytes=4096)
+    quantize_checkpoint(small, tmp_path / "undisturbed", shard_bytes=4096)
+    assert report.resumed == len(list((tmp_path / "nvfp4").glob("*.safetensors"))) - 1
+    assert killed.tree(tmp_path / "nvfp4") == killed.tree(tmp_path / "undisturbed")
+
+
+def test_wrong_dtype_on_disk(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a verification that looks at checksums only."""
+    save = save_file
+
+    def other_shape(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+        save({name: value.flatten() for name, value in tensors.items()}, file, metadata)
+
+    monkeypatch.setattr(durable, "save_file", other_shape)
+    with pytest.raises(CheckpointError, match=r"q_a_proj.weight must be U8 \(48, 32\), got U8 \(1536,\)"):
+        quantize_checkpoint(small, tmp_path / "nvfp4")
+
+
+def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a file under its name before it is whole and on the disk; a kill rarely hits that moment."""
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        calls.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def renamed(part: Path, file: Path) -> None:
+        calls.append(f"rename to {file.name}")
+        assert not file.exists()
+        replace(part, file)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    folder, work = tmp_path / "folder", tmp_path / "folder" / "work"
+    work.mkdir(parents=True)
+    durable.write_json(folder / "a.json", {"x": 1}, work)
+    durable.copy_file(folder / "a.json", folder / "b.json", work)
+    durable.write_tensors(folder / "c.safetensors", {"x": torch.ones(2)}, work)
+    assert calls == [
+        call
+        for name in ("a.json", "b.json", "c.safetensors")
+        for call in (f"fsync {name}.part", f"rename to {name}", "fsync folder")
+    ]
+    assert (folder / "b.json").read_bytes() == (folder / "a.json").read_bytes()
+    assert not list(work.iterdir())
+
+
+def test_two_at_once(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against two processes that write one destination."""
+    stopped_run(small, tmp_path / "nvfp4", monkeypatch, after=2)
+    import fcntl
+
+    with open(tmp_path / "nvfp4" / quantize.WORK / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        with pytest.raises(ValueError, match=r"destination must be free, got .*, which a process writes"):
+            quantize_checkpoint(small, tmp_path / "nvfp4", shard_bytes=4096)
+
+
+QUANTIZE = """
+import sys
+from dsv4_compile.checkpoint.quantize import quantize_checkpoint
+
+def resident(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+quantize_checkpoint(sys.argv[1], sys.argv[2] + "/small")  # libraries are not the quantiser's
+with open("/proc/self/clear_refs", "w") as clear:
+    clear.write("5")
+before = resident("VmRSS")
+quantize_checkpoint(sys.argv[3], sys.argv[2] + "/large", shard_bytes=8 << 20)
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's accounts of memory")
+def test_peak_memory(small: Path, tmp_path: Path) -> None:
+    """Guards against a stacked parameter that is read whole, files kept in memory, and sources mapped and kept."""
+    experts = {
+        "model.layers.0.mlp.experts.gate_up_proj": torch.randn(48, 1024, 1024).bfloat16(),
+        "model.layers.0.mlp.experts.down_proj": torch.randn(48, 1024, 512).bfloat16(),
+    }
+    large = stored.write(tmp_path / "source", experts)
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-W", "ignore", "-c", QUANTIZE, str(small), str(tmp_path), str(large)]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "2"}
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, cwd=root)
+    # Two files, one weight of 1 MiB and its half of the read-ahead, two threads' buffers of 2.5 MiB each: 24 MiB.
+    assert int(output.stdout) < 40 << 20 < sum(value.nbytes for value in experts.values()) / 3
+
+
+def test_killed_twenty_times(
+    native: stored.Tensors, config: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Guards against any moment at which SIGKILL leaves a destination that cannot be finished, or another result."""
+    source = stored.write(tmp_path / "source", stored.nvidia_mixed(native), config, shards=2)
+    (source / "tokenizer.json").write_text("{}")
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    seed = zlib.crc32(request.node.nodeid.encode())
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-W", "ignore", killed.__file__, str(source), str(runs), "20", str(seed)]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, cwd=root)
+    result = json.loads(output.stdout)
+    assert result["different"] == []
+    assert result["kills"] >= 20
+    assert sum(resumed > 0 for resumed in result["resumed"]) >= 3
+    assert result["shards"] >= 8
+
+
+def test_command(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "quantize",
+        str(small),
+        str(tmp_path / "nvfp4"),
+        "--search",
+        "six_four",
+        "--layers",
+        "--shard-gib",
+        "0.5",
+    ]
+    assert cli.main(arguments) == 0
+    output = capsys.readouterr().out
+    for text in (
+        "SQNR of the quantised weights by kind",
+        "by layer",
+        "self_attn.q_a_proj",
+        "dB by the search",
+        "float32 weight",
+    ):
+        assert text in output
+    assert cli.main(["quantize", str(small), str(small)]) == 1
+    assert "dsv4-compile quantize: quantize: destination must differ" in capsys.readouterr().err
