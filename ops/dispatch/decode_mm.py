@@ -20,10 +20,10 @@ BARRIER_BYTES = 1024
 SMEM_KIB = 226
 SHARED_SMEM_KIB = 110  # room for the CTA of the next kernel beside this one's
 TOKEN_SLOTS = (1, 2, 4, 8, 16, 24, 32)
-# Row tiles, row warps and K warps of a block of 16, 32, 64, 128 or 256 rows, sixteen warps each.
-BLOCK_SHAPES = ((1, 1, 16), (1, 2, 8), (1, 4, 4), (1, 8, 2), (1, 16, 1))
+# Row tiles, row warps, K warps and steps a stage of a block of 16, 32, 64, 128 or 256 rows: the fastest of those measured
+# on an H100 at 1 and 16 tokens (docs/measured.md). The last one needs the least shared memory beside the activations.
+BLOCK_SHAPES = ((1, 1, 16, 1), (2, 1, 8, 1), (1, 4, 4, 2), (2, 4, 4, 1), (2, 8, 2, 1), (1, 16, 1, 1))
 LARGEST_BLOCK_ROWS = 256
-MIN_CLASS_SLOTS = 1
 GROUPED_TILE_ROWS = 8
 GROUPED_FEW_ROWS = 48
 GROUPED_FEW, GROUPED_MANY = (2, 2, 4), (2, 2, 8)
@@ -122,7 +122,8 @@ def choose(
     slots = next(size for size in TOKEN_SLOTS if size >= tokens)
     rows = sum(weight_rows)
     for splits in (1, 2, 4, 8):
-        for row_tiles, row_warps, k_warps in BLOCK_SHAPES:
+        for shape in BLOCK_SHAPES:
+            row_tiles, row_warps, k_warps, stage_steps = shape
             block_rows = 16 * row_tiles * row_warps
             is_largest = block_rows == LARGEST_BLOCK_ROWS
             if -(-rows // block_rows) * splits > HOPPER_SM_COUNT and (splits > 1 or not is_largest):
@@ -132,7 +133,7 @@ def choose(
                 row_tiles=row_tiles,
                 row_warps=row_warps,
                 k_warps=k_warps,
-                stage_steps=1,
+                stage_steps=stage_steps,
                 splits=splits,
                 activation=activation,
                 num_weights=1 if len(weight_rows) == 1 else MAX_WEIGHTS,
@@ -141,9 +142,8 @@ def choose(
                 smem_kib=SMEM_KIB,
                 has_row_scale=has_row_scale,
             )
-            if config.class_slots(k) >= MIN_CLASS_SLOTS:
+            if config.class_slots(k) >= 1:
                 return config
-            break
     return None
 
 
