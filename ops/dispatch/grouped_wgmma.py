@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4_compile.ops.dispatch.wgmma_w4 import OUT_DTYPE_NAMES, STAGE_K, TILE_TOKENS, Config, is_mappable
+from dsv4_compile.ops.dispatch.wgmma_w4 import OUT_DTYPE_NAMES, STAGE_K, TILE_TOKENS, Config, is_mappable, num_clusters
 from dsv4_compile.ops.kernels import cache
 from dsv4_compile.ops.kernels.device import require_hopper, sm_count
 
 OP = "nvfp4_grouped_mm"
+
+# Decoding waits more than it computes where a tile has few tokens: more warps (measured, see docs/measured.md).
+CTAS_PER_SM = {16: 3, 32: 3, 64: 2, 128: 1, 256: 1}
+MAX_CTAS_PER_SM = 3
 
 
 def supports_grouped_wgmma(x: Tensor, codes: Tensor, block_scales: Tensor) -> bool:
@@ -24,8 +28,8 @@ def supports_grouped_wgmma(x: Tensor, codes: Tensor, block_scales: Tensor) -> bo
 
 
 def partial_amax_size(like: Tensor) -> int:
-    """Number of elements of ``partial_amax``: the CTAs of the launch, one a multiprocessor of the tensor's device."""
-    return sm_count(like)
+    """Number of elements of ``partial_amax``: at least the CTAs of any launch on the tensor's device."""
+    return MAX_CTAS_PER_SM * sm_count(like)
 
 
 def grouped_wgmma(
@@ -62,7 +66,7 @@ def grouped_wgmma(
         swiglu_limit: see above; None for a plain product.
         row_weight: fp32 [R], only with ``swiglu_limit``.
         partial_amax: fp32 [:func:`partial_amax_size`], only with ``swiglu_limit``: each element becomes the largest
-            finite magnitude that one CTA wrote to ``out`` (after its rounding), 0 for none; all elements are written.
+            finite magnitude that one CTA wrote to ``out`` (after its rounding), 0 for none; all are written.
 
     Raises:
         RuntimeError: another architecture, or operands that :func:`supports_grouped_wgmma` does not take.
@@ -80,11 +84,12 @@ def grouped_wgmma(
     config = Config(
         mode="grouped" if swiglu_limit is None else "swiglu",
         tile_tokens=tile_rows,
-        multicast=2 if tile_rows >= 128 else 1,
         has_row_scale=row_scale is not None,
         has_row_weight=row_weight is not None,
         has_amax=partial_amax is not None,
         out_dtype=OUT_DTYPE_NAMES[out.dtype],  # type: ignore[arg-type]
+        ctas_per_sm=CTAS_PER_SM[tile_rows],
+        k_groups=2 if tile_rows == 128 else 1,
     )
     experts = codes.shape[0]
     scales = global_scale.reshape(1, 1) if global_scale.dim() == 0 else global_scale.reshape(experts, -1)
@@ -100,5 +105,5 @@ def grouped_wgmma(
         unused if row_weight is None else row_weight,
         unused if partial_amax is None else partial_amax,
         0.0 if swiglu_limit is None else swiglu_limit,
-        sm_count(x),
+        num_clusters(config, x) * config.cluster,
     )

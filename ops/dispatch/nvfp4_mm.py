@@ -11,8 +11,9 @@ from torch import Tensor
 from dsv4_compile import nvfp4
 from dsv4_compile.ops.dispatch import decode_mm
 from dsv4_compile.ops.dispatch.expand import expand
-from dsv4_compile.ops.dispatch.wgmma_w4 import OUT_DTYPE_NAMES, STAGE_K, TILE_TOKENS, Config, is_mappable, launch_dense
-from dsv4_compile.ops.kernels.device import require_hopper
+from dsv4_compile.ops.dispatch.wgmma_choice import config_of, plan
+from dsv4_compile.ops.dispatch.wgmma_w4 import OUT_DTYPE_NAMES, STAGE_K, is_mappable, launch_dense
+from dsv4_compile.ops.kernels.device import require_hopper, sm_count
 
 MAX_WEIGHTS = 4  # of one launch
 EXPANDED_ELEMENTS = 1 << 27  # of a weight in bf16 or a product in fp32, at a time: 256 and 512 MiB
@@ -133,26 +134,15 @@ def _multiply(
     if not is_mappable(x):
         x = x.clone(memory_format=torch.contiguous_format)
     for columns, codes, scales, global_scales in _parts(weights):
-        rows = [weight.shape[0] for weight in codes]
-        config = choose(x.shape[0], rows, row_scale is not None, bias is not None, out.dtype)
-        part_bias = None if bias is None else bias[columns]
-        launch_dense(config, x, row_scale, codes, scales, global_scales, part_bias, out[:, columns])
-
-
-def choose(
-    tokens: int, weight_rows: Sequence[int], has_row_scale: bool, has_bias: bool, out_dtype: torch.dtype
-) -> Config:
-    """The variant for a number of tokens and the rows of the weights."""
-    tile_tokens = next((size for size in TILE_TOKENS if size >= tokens), TILE_TOKENS[-1])
-    return Config(
-        mode="dense",
-        tile_tokens=tile_tokens,
-        num_weights=len(weight_rows),
-        multicast=2 if tile_tokens >= 128 else 1,
-        has_row_scale=has_row_scale,
-        has_bias=has_bias,
-        out_dtype=OUT_DTYPE_NAMES[out_dtype],  # type: ignore[arg-type]
-    )
+        rows = tuple(weight.shape[0] for weight in codes)
+        for part in plan(x.shape[0], rows, x.shape[1], sm_count(x)):
+            tokens = slice(part.first, part.first + part.tokens)
+            config = config_of(
+                part.variant, len(codes), row_scale is not None, bias is not None, OUT_DTYPE_NAMES[out.dtype]
+            )
+            one_or_each = row_scale if row_scale is None or row_scale.shape[0] == 1 else row_scale[tokens]
+            part_bias = None if bias is None else bias[columns]
+            launch_dense(config, x[tokens], one_or_each, codes, scales, global_scales, part_bias, out[tokens, columns])
 
 
 def _multiply_expanded(

@@ -69,23 +69,29 @@ def is_mappable(*tensors: Tensor) -> bool:
     )
 
 
+def clusters_of(cluster: int, ctas_per_sm: int, sms: int) -> int:
+    """Clusters that a device holds at once: those of three or more do not fill processor clusters of 16 or 18."""
+    ctas = sms * ctas_per_sm
+    return ctas // (4 * cluster) * 4 if cluster >= 3 else ctas // cluster
+
+
 def num_clusters(config: Config, like: Tensor | None = None) -> int:
-    """Clusters that a device holds at once: those of four or more do not fill processor clusters of 18."""
-    ctas = (HOPPER_SM_COUNT if like is None else sm_count(like)) * config.ctas_per_sm
-    return ctas // (4 * config.cluster) * 4 if config.cluster >= 4 else ctas // config.cluster
+    """:func:`clusters_of` a variant on the device of a tensor, or on an H100."""
+    sms = HOPPER_SM_COUNT if like is None else sm_count(like)
+    return clusters_of(config.cluster, config.ctas_per_sm, sms)
 
 
-def num_tiles(config: Config, tokens: int, weight_rows: Sequence[int]) -> int:
+def num_tiles_of(tile_tokens: int, multicast: int, tokens: int, weight_rows: Sequence[int]) -> int:
     """Tiles of a dense product, each the work of a cluster."""
-    rows = BLOCK_ROWS * config.multicast
-    return sum(-(-n // rows) for n in weight_rows) * -(-tokens // config.tile_tokens)
+    rows = BLOCK_ROWS * multicast
+    return sum(-(-n // rows) for n in weight_rows) * -(-tokens // tile_tokens)
 
 
 def fits(config: Config, tokens: int, weight_rows: Sequence[int], like: Tensor | None = None) -> bool:
     """Whether a variant takes a shape: with 256 tokens a split leaves room for one tile a cluster only."""
     if config.splits == 1 or config.tile_tokens < TILE_TOKENS[-1]:
         return True
-    return num_tiles(config, tokens, weight_rows) <= num_clusters(config, like)
+    return num_tiles_of(config.tile_tokens, config.multicast, tokens, weight_rows) <= num_clusters(config, like)
 
 
 def launch_dense(
@@ -111,7 +117,7 @@ def launch_dense(
     """
     weight_rows = [weight.shape[0] for weight in codes]
     assert fits(config, x.shape[0], weight_rows, x)
-    tiles = num_tiles(config, x.shape[0], weight_rows)
+    tiles = num_tiles_of(config.tile_tokens, config.multicast, x.shape[0], weight_rows)
     unused = global_scales[0]  # stands for an absent argument
     cache.kernel("sm90.wgmma_w4", config)(
         x,

@@ -24,6 +24,7 @@ WARPGROUP = 128
 CONSUMER_WARPS = 8
 CONSUMERS_BARRIER = 3  # named barriers: 1 and 2 are those of the warpgroups
 EXCHANGE_WRITTEN_BARRIER, EXCHANGE_READ_BARRIER = 4, 5
+BATCH = 2  # tokens of a warp whose partial sums are loaded together
 DECODED_EXPONENT = 2.0**14  # the products of decoded weights carry its inverse
 INFINITY = float("inf")
 
@@ -48,58 +49,18 @@ class Epilogue:
         elif config.splits > 1:
             self.shared_bytes = self.row_scale_bytes + 4 * self.tokens * self.pitch
         else:
-            self.shared_bytes = 2 * (self.row_scale_bytes + self.staging_bytes)
-        self.shared_bytes += self.exchange_bytes
+            self.shared_bytes = 2 * (self.row_scale_bytes + self.staging_bytes) + self.exchange_bytes
 
     @cute.jit
-    def store(
-        self,
-        accumulators,
-        base,
-        offset: cutlass.Constexpr,
-        split_barriers,
-        row_scale,
-        scale_address,
-        segments,
-        bias,
-        row_weight,
-        out,
-        limit,
-        rows,
-        first_row,
-        first_column,
-        first,
-        count,
-        rank,
-        thread,
-        warp,
-        tile_count,
-        largest,
-    ):
-        """Stores a tile of a CTA: ``rows`` weight rows from ``first_row``, ``count`` tokens from ``first``.
-
-        Returns the largest finite magnitude stored by this thread so far, given that before.
-        """
-        config = self.config
-        if cutlass.const_expr(config.splits > 1):
-            self.store_split(
-                accumulators, base, offset, split_barriers, row_scale, scale_address, segments, bias, out, rows,
-                first_row, first_column, first, count, rank, thread, warp, tile_count,
-            )  # fmt: skip
-        else:
-            largest = self.store_whole(
-                accumulators, base, offset, row_scale, scale_address, segments, bias, row_weight, out, limit, rows,
-                first_row, first_column, first, count, thread, warp, largest,
-            )  # fmt: skip
-        return largest
-
-    @cute.jit
-    def exchange(self, accumulators, base, offset: cutlass.Constexpr, k_group, thread, tile_count):
+    def exchange(self, accumulators, base, offset: cutlass.Constexpr, split_barriers, k_group, thread, tile_count):
         """Adds the sums of the second k group to those of the first, which alone goes on with the tile."""
+        config = self.config
         address = Int32(base.toint()) + offset + thread % (32 * CONSUMER_WARPS) * 4
         both = 2 * 32 * CONSUMER_WARPS
         if k_group == 1:
-            if tile_count > 0:
+            if cutlass.const_expr(config.splits > 1):  # until every CTA has read the partial sums of the last tile
+                wait_cluster(Int32((split_barriers + 1).toint()), (tile_count + 1) % 2)
+            elif tile_count > 0:
                 cute.arch.barrier(barrier_id=EXCHANGE_READ_BARRIER, number_of_threads=both)
             for i in cutlass.range_constexpr(self.tokens // 2):
                 store_shared_f32(address, i * 128 * CONSUMER_WARPS, accumulators[i])
@@ -108,7 +69,25 @@ class Epilogue:
             cute.arch.barrier(barrier_id=EXCHANGE_WRITTEN_BARRIER, number_of_threads=both)
             for i in cutlass.range_constexpr(self.tokens // 2):
                 accumulators[i] = add(accumulators[i], load_shared_f32(address, i * 128 * CONSUMER_WARPS))
-            cute.arch.barrier_arrive(barrier_id=EXCHANGE_READ_BARRIER, number_of_threads=both)
+            if cutlass.const_expr(config.splits > 1):
+                cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=32 * CONSUMER_WARPS)
+            else:
+                cute.arch.barrier_arrive(barrier_id=EXCHANGE_READ_BARRIER, number_of_threads=both)
+
+    @cute.jit
+    def row_factors(self, scale_address, segments, rows, first_row, warp, lane):
+        """Those of the two weight rows of a lane, loaded long before they are needed; a split needs others."""
+        low, high = Float32(0.0), Float32(0.0)
+        if cutlass.const_expr(self.config.splits == 1):
+            if cutlass.const_expr(self.is_swiglu):
+                row = cutlass.min(first_row + warp * 8 + lane // 4, rows // 2 - 1)
+                low = self.row_factor(scale_address, segments, rows, row)
+                high = self.row_factor(scale_address, segments, rows, row + rows // 2)
+            else:
+                row = first_row + warp * 16 + lane // 4
+                low = self.row_factor(scale_address, segments, rows, row)
+                high = self.row_factor(scale_address, segments, rows, row + 8)
+        return low, high
 
     @cute.jit
     def row_factor(self, scale_address, segments, rows, row):
@@ -123,8 +102,8 @@ class Epilogue:
         base,
         offset: cutlass.Constexpr,
         row_scale,
-        scale_address,
-        segments,
+        low_factor,
+        high_factor,
         bias,
         row_weight,
         out,
@@ -148,14 +127,7 @@ class Epilogue:
         base_address = Int32(base.toint()) + offset + group * (self.row_scale_bytes + self.staging_bytes)
         staging = base_address + self.row_scale_bytes
         width = rows // 2 if cutlass.const_expr(self.is_swiglu) else rows  # columns of the weight in the output
-        if cutlass.const_expr(self.is_swiglu):
-            row = first_row + warp * 8 + g
-            low_factor = self.row_factor(scale_address, segments, rows, cutlass.min(row, width - 1))
-            high_factor = self.row_factor(scale_address, segments, rows, cutlass.min(row, width - 1) + width)
-        else:
-            row = first_row + warp * 16 + g
-            low_factor = self.row_factor(scale_address, segments, rows, row)
-            high_factor = self.row_factor(scale_address, segments, rows, row + 8)
+        row = first_row + warp * (8 if self.is_swiglu else 16) + g
         low_bias, high_bias = Float32(0.0), Float32(0.0)
         if cutlass.const_expr(config.has_bias):
             low_bias = bias[first_column + cutlass.min(row, rows - 1)]
@@ -308,14 +280,16 @@ class Epilogue:
                     a, b = load_shared_f32x2(address, 8 * i)
                     largest = numerics.larger(largest, numerics.larger(a, b))
                 cute.arch.griddepcontrol_wait()
-                partial_amax[cute.arch.block_idx()[0]] = largest
+                for i in cutlass.range(
+                    cute.arch.block_idx()[0], Int32(partial_amax.shape[0]), cute.arch.grid_dim()[0], unroll=1
+                ):
+                    partial_amax[i] = largest
 
     @cute.jit
     def store_split(
         self,
         accumulators,
         base,
-        offset: cutlass.Constexpr,
         split_barriers,
         row_scale,
         scale_address,
@@ -351,7 +325,7 @@ class Epilogue:
         self.arrive_all(written, member, lane)
         wait_cluster(Int32(written.toint()), tile_count % 2)
 
-        share = self.tokens // config.splits
+        share = (self.tokens + config.splits - 1) // config.splits
         local_row = lane * 4
         row = first_row + local_row
         factors = [self.row_factor(scale_address, segments, rows, row + i) for i in range(4)]
@@ -359,28 +333,32 @@ class Epilogue:
         if cutlass.const_expr(config.has_bias):
             addends = [bias[first_column + cutlass.min(row + i, rows - 1)] for i in range(4)]
         peers = [map_to_cluster(partial, peer * config.multicast + member) for peer in range(config.splits)]
-        for i in cutlass.range((share + CONSUMER_WARPS - 1) // CONSUMER_WARPS, unroll=1):
-            token = i * CONSUMER_WARPS + warp
-            if token < share:
-                token = token + split * share
-                place = 4 * (token * self.pitch + local_row)
-                total = load_cluster_f32x4(peers[0] + place)
+        last_token = cutlass.min(count, cutlass.min((split + 1) * share, Int32(self.tokens)))
+        for batch in cutlass.range_constexpr((share + BATCH * CONSUMER_WARPS - 1) // (BATCH * CONSUMER_WARPS)):
+            tokens = [split * share + (batch * BATCH + i) * CONSUMER_WARPS + warp for i in range(BATCH)]
+            parts = []
+            scales = []
+            for token in tokens:  # all loads first: those of other CTAs take long
+                inside = cutlass.min(token, Int32(self.tokens - 1))
+                parts.append([load_cluster_f32x4(peer + 4 * (inside * self.pitch + local_row)) for peer in peers])
+                if cutlass.const_expr(config.has_row_scale):
+                    scales.append(row_scale[cutlass.min(first + inside, Int32(row_scale.shape[0]) - 1)])
+            for i in cutlass.range_constexpr(BATCH):
+                total = parts[i][0]
                 for peer in cutlass.range_constexpr(1, config.splits):
-                    other = load_cluster_f32x4(peers[peer] + place)
-                    total = [add(total[k], other[k]) for k in range(4)]
-                if token < count and row < rows:
-                    if cutlass.const_expr(config.has_row_scale):
-                        scale = row_scale[cutlass.min(first + token, Int32(row_scale.shape[0]) - 1)]
-                        total = [multiply(total[k], multiply(scale, factors[k])) for k in range(4)]
-                    else:
-                        total = [multiply(total[k], factors[k]) for k in range(4)]
-                    if cutlass.const_expr(config.has_bias):
-                        total = [add(total[k], addends[k]) for k in range(4)]
-                    position = Int64(first + token) * Int64(out.stride[0]) + (first_column + row)
-                    if cutlass.const_expr(config.out_dtype == "fp32"):
-                        words = [Int32(numerics.bits(value)) for value in total]
-                    else:
-                        words = [self.pack(total[0], total[1]), self.pack(total[2], total[3])]
+                    total = [add(total[k], parts[i][peer][k]) for k in range(4)]
+                if cutlass.const_expr(config.has_row_scale):
+                    total = [multiply(total[k], multiply(scales[i], factors[k])) for k in range(4)]
+                else:
+                    total = [multiply(total[k], factors[k]) for k in range(4)]
+                if cutlass.const_expr(config.has_bias):
+                    total = [add(total[k], addends[k]) for k in range(4)]
+                if cutlass.const_expr(config.out_dtype == "fp32"):
+                    words = [Int32(numerics.bits(value)) for value in total]
+                else:
+                    words = [self.pack(total[0], total[1]), self.pack(total[2], total[3])]
+                if tokens[i] < last_token and row < rows:
+                    position = Int64(first + tokens[i]) * Int64(out.stride[0]) + (first_column + row)
                     store_global_words(out.iterator.toint() + position * self.element_bytes, words)
         self.arrive_all(read, member, lane)
 

@@ -87,6 +87,8 @@ class WgmmaW4:
         else:
             self.epilogue.partial_offset = self.epilogue_offset + self.epilogue.row_scale_bytes
         self.exchange_offset = self.epilogue_offset + self.epilogue.shared_bytes - self.epilogue.exchange_bytes
+        if config.splits > 1:  # one after the other in the same place
+            self.exchange_offset = self.epilogue.partial_offset
         self.shared_bytes = self.epilogue_offset + self.epilogue.shared_bytes
         assert self.activation_stages >= 2
         assert self.shared_bytes <= SHARED_BYTES // config.ctas_per_sm
@@ -523,6 +525,10 @@ class WgmmaW4:
         mma.set(warpgroup.Field.ACCUMULATE, True)
         for index in cutlass.range(cluster_id, tiles, num_clusters, unroll=1):
             block, first, count, expert = self.tile(index, schedule, block_ends, out)
+            scale_address, segments, rows, first_row, first_column = self.weight_of(
+                code_tensors, global_scales, block_ends, block, expert, rank
+            )
+            low_factor, high_factor = self.epilogue.row_factors(scale_address, segments, rows, first_row, warp, lane)
             accumulators.fill(0.0)
             last_slot = Int32(0)
             nan_low, nan_high = Int32(0), Int32(0)
@@ -579,25 +585,30 @@ class WgmmaW4:
             self.spread_nan(accumulators, nan_low, nan_high)
 
             if cutlass.const_expr(config.k_groups > 1):
-                self.epilogue.exchange(accumulators, base, self.exchange_offset, k_group, thread, tile_count)
+                self.epilogue.exchange(
+                    accumulators, base, self.exchange_offset, split_barriers, k_group, thread, tile_count
+                )
             if k_group == 0:
-                largest = self.finish(
-                    accumulators, code_tensors, row_scale, global_scales, bias, row_weight, out, limit, base,
-                    split_barriers, block_ends, block, first, count, expert, rank, thread, warp, tile_count, largest,
-                )  # fmt: skip
+                if cutlass.const_expr(not self.is_grouped):
+                    cute.arch.griddepcontrol_wait()  # before anything but the weights is read or written
+                if cutlass.const_expr(config.splits > 1):
+                    self.epilogue.store_split(
+                        accumulators, base, split_barriers, row_scale, scale_address, segments, bias, out, rows,
+                        first_row, first_column, first, count, rank, thread, warp, tile_count,
+                    )  # fmt: skip
+                else:
+                    largest = self.epilogue.store_whole(
+                        accumulators, base, self.epilogue_offset, row_scale, low_factor, high_factor, bias, row_weight,
+                        out, limit, rows, first_row, first_column, first, count, thread, warp, largest,
+                    )  # fmt: skip
             tile_count = tile_count + 1
         if cutlass.const_expr(config.has_amax):
             self.epilogue.store_amax(largest, partial_amax, base, self.epilogue_offset, k_group, thread, warp)
 
     @cute.jit
-    def finish(
-        self, accumulators, code_tensors, row_scale, global_scales, bias, row_weight, out, limit, base, split_barriers,
-        block_ends, block, first, count, expert, rank, thread, warp, tile_count, largest,
-    ):  # fmt: skip
-        """The epilogue of a tile, with what belongs to its weight."""
+    def weight_of(self, code_tensors, global_scales, block_ends, block, expert, rank):
+        """(address of its global scales, their number, its rows, first row and first column) of a tile's weight."""
         config = self.config
-        if cutlass.const_expr(not self.is_grouped):
-            cute.arch.griddepcontrol_wait()  # before anything but the weights is read or written
         start = Int32(0)
         column = Int32(0)
         scale_address = Int64(0)
@@ -621,12 +632,7 @@ class WgmmaW4:
             scale_address = (
                 scale_address + Int64(cutlass.min(expert, Int32(global_scales[0].shape[0]) - 1) * segments) * 4
             )
-        largest = self.epilogue.store(
-            accumulators, base, self.epilogue_offset, split_barriers, row_scale, scale_address, segments, bias,
-            row_weight, out, limit, rows, first_row, first_column, first, count, rank, thread, warp, tile_count,
-            largest,
-        )  # fmt: skip
-        return largest
+        return scale_address, segments, rows, first_row, first_column
 
     @cute.jit
     def spread_nan(self, accumulators, nan_low, nan_high):

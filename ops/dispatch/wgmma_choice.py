@@ -1,0 +1,105 @@
+"""Which variants of ``sm90.wgmma_w4`` a dense product runs on, by times measured a stage of K."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from dsv4_compile.ops.dispatch.wgmma_w4 import STAGE_K, Config, clusters_of, num_tiles_of
+
+LAUNCH_US = 3.0  # from one kernel's end to the next one's first product, with its last store
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A variant and what was measured of it.
+
+    Attributes:
+        tile_tokens, k_groups, ctas_per_sm, splits: see :class:`Config`.
+        stage_us: for 256 of K of a tile, the tiles of a multiprocessor's other CTA included.
+        tile_us: for what is left of a tile: first loads, sums of splits, stores.
+    """
+
+    tile_tokens: int
+    k_groups: int
+    ctas_per_sm: int
+    splits: int
+    stage_us: float
+    tile_us: float
+
+
+# H100, 2026-11-25, from times of 4096 x 4096, 32768 x 1024 and 7168 x 16384 at 64 to 2048 tokens.
+VARIANTS = (
+    Variant(64, 1, 2, 1, 2.60, 3.0),
+    Variant(64, 2, 1, 1, 1.35, 2.0),
+    Variant(64, 2, 1, 2, 1.35, 2.5),
+    Variant(64, 2, 1, 3, 1.35, 3.0),
+    Variant(64, 1, 2, 4, 2.60, 4.0),
+    Variant(128, 2, 1, 1, 1.65, 2.5),
+    Variant(128, 2, 1, 2, 1.65, 3.5),
+    Variant(256, 1, 1, 1, 2.60, 3.0),
+    Variant(256, 1, 1, 2, 2.50, 6.0),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive tokens that one launch takes."""
+
+    first: int
+    tokens: int
+    variant: Variant
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(tokens: int, weight_rows: tuple[int, ...], k: int, sms: int) -> tuple[Part, ...]:
+    """The launches of a product: one, or a second for the tokens that would leave most of a last wave idle.
+
+    Args:
+        tokens: M.
+        weight_rows: rows of each weight.
+        k: K.
+        sms: multiprocessors.
+    """
+    variant, best_us = _best(tokens, weight_rows, k, sms)
+    parts: tuple[Part, ...] = (Part(0, tokens, variant),)
+    tile = VARIANTS[-1].tile_tokens
+    for first in range(tile, tokens, tile):
+        head, head_us = _best(first, weight_rows, k, sms)
+        tail, tail_us = _best(tokens - first, weight_rows, k, sms)
+        if head_us + tail_us < best_us:
+            best_us = head_us + tail_us
+            parts = (Part(0, first, head), Part(first, tokens - first, tail))
+    return parts
+
+
+@functools.lru_cache(maxsize=4096)
+def _best(tokens: int, weight_rows: tuple[int, ...], k: int, sms: int) -> tuple[Variant, float]:
+    times = [(_estimate_us(variant, tokens, weight_rows, k, sms), i) for i, variant in enumerate(VARIANTS)]
+    time_us, index = min(times)
+    return VARIANTS[index], time_us
+
+
+def _estimate_us(variant: Variant, tokens: int, weight_rows: tuple[int, ...], k: int, sms: int) -> float:
+    tiles = num_tiles_of(variant.tile_tokens, 1, tokens, weight_rows)
+    clusters = clusters_of(variant.splits, variant.ctas_per_sm, sms)
+    stages = k // STAGE_K
+    if stages < variant.splits or (variant.splits > 1 and variant.tile_tokens == 256 and tiles > clusters):
+        return float("inf")
+    waves = -(-tiles // clusters)
+    return LAUNCH_US + waves * (-(-stages // variant.splits) * variant.stage_us + variant.tile_us)
+
+
+def config_of(variant: Variant, num_weights: int, has_row_scale: bool, has_bias: bool, out_dtype: str) -> Config:
+    """The configuration of a variant for the operands of a call."""
+    return Config(
+        mode="dense",
+        tile_tokens=variant.tile_tokens,
+        num_weights=num_weights,
+        splits=variant.splits,
+        has_row_scale=has_row_scale,
+        has_bias=has_bias,
+        out_dtype=out_dtype,  # type: ignore[arg-type]
+        ctas_per_sm=variant.ctas_per_sm,
+        k_groups=variant.k_groups,
+    )
