@@ -16,18 +16,20 @@ from dsv4_compile.ops.registration import allocate_packed
 
 CTA_THREADS = 512  # of the kernels that own rows or look for a maximum
 FLAT_THREADS = 256
-MAX_PARTIALS = 288  # two CTAs on each of 144 multiprocessors
+MAX_PARTIALS = 384  # three words of four for each lane of a warp
 AMAX_CTAS_PER_SM = 2
-FLAT_CTAS_PER_SM = 4
-# (CTAs of a cluster, rows a thread holds): the first that holds all rows is one launch.
-ONE_LAUNCH = ((1, 1), (8, 1), (16, 1), (16, 2))
+LEAST_BLOCKS_FOR_TWO = 1 << 19  # for fewer, one CTA a multiprocessor, which leaves room for the second launch to start
+FLAT_CTAS_PER_SM = 6
+# (CTAs of a cluster, rows a thread holds): the first that holds all rows is one launch. Measured, see docs/measured.md:
+# from 64 rows of 4096 on two launches are as fast, unless much is computed for each element.
+ONE_LAUNCH = ((1, 1), (8, 1))
+ONE_LAUNCH_COSTLY = (*ONE_LAUNCH, (16, 1))
 ALIGNMENT = 16  # bytes
 
 # (blocks a row, threads a row, blocks a thread): the first that holds the row.
 ROW_SHAPES = ((64, 64, 1), (128, 128, 1), (256, 128, 2), (512, 256, 2), (1024, 512, 2), (2048, 512, 4))
 MAX_ROW_BLOCKS = ROW_SHAPES[-1][0]
 MAX_HELD_BLOCKS = {torch.bfloat16: 8, torch.float16: 8, torch.float32: 4}  # that a thread's registers hold
-UNROLL = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 1}
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class AmaxConfig:
     """
 
     dtype: str
-    unroll: int
+    unroll: int = 1
     pdl: bool = True
 
 
@@ -84,8 +86,8 @@ class FlatConfig:
     """
 
     dtype: str
-    unroll: int
     weight: str | None = None
+    unroll: int = 1
     early: bool = True
     pdl: bool = True
 
@@ -99,7 +101,7 @@ class Source:
         first: see :func:`as_rows`.
         second: like it, with the same leading sizes, or the weight [K].
         held: blocks that a thread's registers hold.
-        unroll: blocks that a thread loads at a time where it works through many.
+        one_launch: clusters that may do it in one launch.
         scalar: limit or eps.
         weight: dtype of the weight, or None.
         has_statistic: the operator needs each row as a whole.
@@ -109,7 +111,7 @@ class Source:
     first: Operand
     second: Operand
     held: int
-    unroll: int
+    one_launch: tuple[tuple[int, int], ...]
     scalar: float = 0.0
     weight: str | None = None
     has_statistic: bool = False
@@ -241,7 +243,7 @@ def _one_launch(source: Source, base: RowsConfig, rows: int, row_blocks: int, gr
         return None
     threads, blocks = row_shape(source, row_blocks)
     at_once = CTA_THREADS // threads
-    for cluster, held_rows in ONE_LAUNCH:
+    for cluster, held_rows in source.one_launch:
         if rows <= cluster * at_once * held_rows and blocks * held_rows <= source.held:
             return replace(base, threads=threads, blocks=blocks, rows=held_rows, cluster=cluster)
     return None
@@ -258,28 +260,33 @@ def _two_launches(
 ) -> None:
     num_blocks = rows * row_blocks
     sms = sm_count(norm_out)
-    most = min(MAX_PARTIALS, AMAX_CTAS_PER_SM * sms)
+    most = min(MAX_PARTIALS, (AMAX_CTAS_PER_SM if num_blocks >= LEAST_BLOCKS_FOR_TWO else 1) * sms)
     row_division = division.magic(row_blocks)
     factors = norm_out.new_empty((rows if source.has_statistic else 0,), dtype=torch.float32)
     if source.has_statistic:
         threads, blocks = row_shape(source, row_blocks)
-        ctas = min(most, math.ceil(rows / (CTA_THREADS // threads)))
+        ctas = _multiple_of_four(min(most, math.ceil(rows / (CTA_THREADS // threads))))
         partials = norm_out.new_empty((ctas,), dtype=torch.float32)
         kernel = cache.kernel(source.kernel, replace(base, threads=threads, blocks=blocks, is_partial=True))
         kernel(*source.tensors, partials, factors, norm_out, rows, ctas, row_blocks, *source.geometry, source.scalar)
     else:
-        ctas = min(most, math.ceil(num_blocks / (CTA_THREADS * source.unroll)))
+        ctas = _multiple_of_four(min(most, math.ceil(num_blocks / CTA_THREADS)))
         partials = norm_out.new_empty((ctas,), dtype=torch.float32)
-        kernel = cache.kernel(source.kernel, AmaxConfig(base.dtype, source.unroll))
+        kernel = cache.kernel(source.kernel, AmaxConfig(base.dtype))
         kernel(*source.tensors, partials, num_blocks, ctas, row_blocks, *row_division, *source.geometry, source.scalar)
-    flat_ctas = min(FLAT_CTAS_PER_SM * sms, math.ceil(num_blocks / (FLAT_THREADS * source.unroll)))
+    flat_ctas = min(FLAT_CTAS_PER_SM * sms, math.ceil(num_blocks / FLAT_THREADS))
     if base.norm:  # quantise what the first launch wrote
-        kernel = cache.kernel("sm90.quantize_nvfp4", FlatConfig(base.dtype, source.unroll, early=False))
+        kernel = cache.kernel("sm90.quantize_nvfp4", FlatConfig(base.dtype, early=False))
         operand = as_rows(norm_out.view(rows, -1))
         source = replace(source, first=operand, second=operand)
     else:
-        kernel = cache.kernel(source.kernel, FlatConfig(base.dtype, source.unroll, base.weight))
+        kernel = cache.kernel(source.kernel, FlatConfig(base.dtype, base.weight))
     kernel(
         *source.tensors, partials, factors, *flat, num_blocks, ctas, flat_ctas, row_blocks, *row_division,
         *source.geometry, source.scalar, is_pow2,
     )  # fmt: skip
+
+
+def _multiple_of_four(ctas: int) -> int:
+    """Rounds up: maxima are read four at a time, and a CTA with nothing to do leaves one too."""
+    return (ctas + 3) // 4 * 4

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dsv4_compile.ops.dispatch.quantizer import (
     MAX_HELD_BLOCKS,
-    UNROLL,
+    ONE_LAUNCH_COSTLY,
     Source,
     as_rows,
     dtype_name,
@@ -20,7 +20,7 @@ def _source(x: Tensor, weight: Tensor | None, eps: float) -> Source:
     second = as_rows(x.new_empty((0,)) if weight is None else weight)
     dtype = None if weight is None else dtype_name(weight)
     return Source(
-        OP, as_rows(x), second, MAX_HELD_BLOCKS[x.dtype], UNROLL[x.dtype], eps, weight=dtype, has_statistic=True
+        OP, as_rows(x), second, MAX_HELD_BLOCKS[x.dtype], ONE_LAUNCH_COSTLY, eps, weight=dtype, has_statistic=True
     )
 
 

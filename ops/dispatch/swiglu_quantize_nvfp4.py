@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4_compile.ops.dispatch.quantizer import Source, as_rows, match, quantize
+from dsv4_compile.ops.dispatch.quantizer import ONE_LAUNCH_COSTLY, Source, as_rows, match, quantize
 
 OP = "swiglu_quantize_nvfp4"
 
@@ -18,5 +18,5 @@ def swiglu_quantize_nvfp4(gate: Tensor, up: Tensor, limit: float, granularity: s
     first, second = as_rows(gate), as_rows(up)
     if not match(first, second):
         first, second = as_rows(gate.contiguous()), as_rows(up.contiguous())
-    source = Source(OP, first, second, MAX_HELD_BLOCKS[gate.dtype], 1, scalar=limit)
+    source = Source(OP, first, second, MAX_HELD_BLOCKS[gate.dtype], ONE_LAUNCH_COSTLY, scalar=limit)
     return quantize(source, gate, granularity)

@@ -1,7 +1,6 @@
 """What ptxas makes of the memory-bound kernels: registers, no spills, wide accesses, no contraction. No GPU needed."""
 
 import functools
-import re
 
 import pytest
 
@@ -20,24 +19,22 @@ compiled = functools.cache(machine_code)
 def quantizers() -> list[tuple[str, object]]:
     """Every schedule of every source and dtype, and every way in which a row lies in threads."""
     configs: list[tuple[str, object]] = []
-    unroll = {("quantize_nvfp4", dtype): 1 if dtype == "float32" else 2 for dtype in DTYPES}
-    unroll |= {("swiglu_quantize_nvfp4", dtype): 1 for dtype in DTYPES}
     for dtype in DTYPES:
         for op in ("quantize_nvfp4", "swiglu_quantize_nvfp4"):
             configs += [
-                (op, AmaxConfig(dtype, unroll[op, dtype])),
-                (op, FlatConfig(dtype, unroll[op, dtype])),
+                (op, AmaxConfig(dtype)),
+                (op, FlatConfig(dtype)),
                 (op, RowsConfig(dtype, 128, 2, per_token=True)),
-                (op, RowsConfig(dtype, 128, 2, rows=2 if op[0] == "q" else 1, cluster=16)),
+                (op, RowsConfig(dtype, 128, 2, cluster=8)),
             ]
         op = "rms_norm_quantize_nvfp4"
         configs += [
-            (op, FlatConfig(dtype, unroll["quantize_nvfp4", dtype], weight="float32")),
+            (op, FlatConfig(dtype, weight="float32")),
             (op, RowsConfig(dtype, 128, 2, is_partial=True, weight="float32", norm=True)),
             (op, RowsConfig(dtype, 128, 2, per_token=True, weight="bfloat16", norm=True)),
-            (op, RowsConfig(dtype, 128, 2, rows=2, cluster=16)),
+            (op, RowsConfig(dtype, 128, 2, cluster=16)),
         ]
-    configs.append(("quantize_nvfp4", FlatConfig("bfloat16", 2, early=False)))
+    configs.append(("quantize_nvfp4", FlatConfig("bfloat16", early=False)))
     for _, threads, blocks in ROW_SHAPES:
         for op in ("quantize_nvfp4", "swiglu_quantize_nvfp4", "rms_norm_quantize_nvfp4"):
             configs.append((op, RowsConfig("bfloat16", threads, blocks, per_token=True)))
@@ -56,7 +53,7 @@ def test_quantizer(op: str, config: RowsConfig | AmaxConfig | FlatConfig) -> Non
     """Guards against a register array in local memory, narrow accesses, and an fp64 sum that is no longer one."""
     code = compiled(f"sm90.{op}", config)
     check(code, CTA_THREADS)
-    assert code.count(r"LDG\.E\.128") >= 2
+    assert code.count(r"LDG\.E\.(EF\.)?128") >= 2
     if not isinstance(config, AmaxConfig) and not getattr(config, "is_partial", False):
         assert code.count(r"STG\.E\.64") >= 1  # the codes of a block
     has_sum = op.startswith("rms") and isinstance(config, RowsConfig)
@@ -96,10 +93,9 @@ def test_router(lane_experts: int, score_function: str) -> None:
 def test_exp_is_not_contracted() -> None:
     """Guards against a polynomial of fused multiply-adds, whose last bit differs: as many products as sums.
 
-    Of a gate's silu, the exponential has 10 products and 11 sums; a compiler that fused would leave far fewer FADDs.
+    Of a silu the exponential has 10 products and 11 sums; a compiler that fused would leave far fewer FADDs.
     """
-    code = compiled("sm90.swiglu_quantize_nvfp4", AmaxConfig("bfloat16", 1))
-    gates = 2 * 16
-    assert code.count(r"\bFADD\b") >= 11 * gates
-    assert code.count(r"\bFMUL\b") >= 10 * gates
-    assert re.search(r"MUFU\.EX2", code.sass) is None
+    code = compiled("sm90.swiglu_quantize_nvfp4", FlatConfig("bfloat16"))
+    assert code.count(r"\bFADD\b") >= 11 * 16
+    assert code.count(r"\bFMUL\b") >= 10 * 16
+    assert code.count(r"MUFU\.EX2") == 0

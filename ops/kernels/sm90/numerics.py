@@ -282,6 +282,15 @@ def load_words(address, count, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def load_words_from_l2(address, *, loc=None, ip=None):
+    """4 words from a 16-byte aligned global address, as :func:`load_f32_from_l2`."""
+    struct = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+    address = [Int64(address).ir_value(loc=loc, ip=ip)]
+    text = "ld.global.cg.v4.b32 {$0, $1, $2, $3}, [$4];"
+    return _words(_asm(struct, address, text, "=r,=r,=r,=r,l", loc, ip, True), 4, loc, ip)
+
+
+@dsl_user_op
 def load_f32_from_l2(address, *, loc=None, ip=None):
     """An fp32 value from a global address that a kernel still running may have written before this one started."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip)]

@@ -13,6 +13,7 @@ A source is an object with
 - ``prepare(inputs, raw, factor, column)``: from those, the block that is quantised;
 - ``top(raw, at, inputs, largest, known)``: the larger of ``largest`` and the largest finite magnitude of the block
   whose words start at ``at``, as bits; ``known`` is shared by the CTA, see SwiGlu;
+- ``has_bound``: whether ``bound(raw, at, inputs, known)`` raises ``known`` before all that;
 - ``has_statistic``: whether the whole row determines a factor: ``row_sum(raw, totals)`` adds a block to some fp64
   sums, ``factor(inputs, total)`` makes the factor of their sum, and flat passes read it from memory.
 """
@@ -143,25 +144,29 @@ def prepare_rows(
     kept: cute.Tensor,
     factors: cute.Tensor,
     tops: cute.Tensor,
+    first_row: Int32,
+    rows: Int32,
     lane: Int32,
     inputs: cutlass.Constexpr,
     source: cutlass.Constexpr,
     config: cutlass.Constexpr,
 ):
     """Makes the blocks that are quantised, and the largest finite magnitude of each row among this thread's."""
-    kept_words = bl.words_of(source.kept_dtype)
-    last = inputs.row_blocks - 1
+    prepare, raw_words, dtype = source.prepare, source.raw_words, source.kept_dtype
+    kept_words = bl.words_of(dtype)
     for s in cutlass.range_constexpr(config.rows):
         tops[s] = Uint32(0)
         for b in cutlass.range_constexpr(config.blocks):
-            at, to = (s * config.blocks + b) * source.raw_words, (s * config.blocks + b) * kept_words
+            at, to = (s * config.blocks + b) * raw_words, (s * config.blocks + b) * kept_words
             column = lane + b * config.threads
-            words = source.prepare(
-                inputs, [raw[at + i] for i in range(source.raw_words)], factors[s], cutlass.min(column, last)
-            )
             for i in cutlass.range_constexpr(kept_words):
-                kept[to + i] = words[i]
-            tops[s] = nm.larger_u32(tops[s], bl.finite_amax(kept, to, source.kept_dtype))
+                kept[to + i] = Uint32(0)
+            # Nothing is made of the zeros beyond the end: a division of zero takes the slow path, for the whole warp.
+            if (first_row + s < rows) & (column < inputs.row_blocks):
+                words = prepare(inputs, [raw[at + i] for i in range(raw_words)], factors[s], column)
+                for i in cutlass.range_constexpr(kept_words):
+                    kept[to + i] = words[i]
+            tops[s] = nm.larger_u32(tops[s], bl.finite_amax(kept, to, dtype))
 
 
 @cute.kernel
@@ -226,7 +231,7 @@ def rows_kernel(
         factors[s] = Float32(1.0)
     if cutlass.const_expr(source.has_statistic):
         sum_rows(raw, shared_sums, factors, inputs, source, config, group)
-    prepare_rows(raw, kept, factors, tops, lane, inputs, source, config)
+    prepare_rows(raw, kept, factors, tops, first_row, rows, lane, inputs, source, config)
 
     if cutlass.const_expr(config.per_token):
         for s in cutlass.range_constexpr(config.rows):
@@ -357,7 +362,7 @@ def rows_amax_kernel(
         # Two buffers in turn: the barrier of this row is passed only by those that have read the row before last.
         sum_rows(raw, cute.domain_offset(parity * WARPS, shared_sums), factors, inputs, source, config, group)
         parity = 1 - parity
-        prepare_rows(raw, kept, factors, tops, lane, inputs, source, config)
+        prepare_rows(raw, kept, factors, tops, row, rows, lane, inputs, source, config)
         largest = nm.larger_u32(largest, tops[0])
         if lane == 0:
             nm.store_f32(factors_at + Int64(row) * 4, factors[0])
@@ -426,6 +431,10 @@ def amax_kernel(
     largest = Uint32(AMAX_FLOOR_BITS)
     block = cta * chunk_blocks + thread
     load_blocks(raw, block, CTA_THREADS, num_blocks, multiplier, shift, inputs, source)
+    if cutlass.const_expr(source.has_bound):
+        for u in cutlass.range_constexpr(unroll):
+            source.bound(raw, u * raw_words, inputs, known)
+        cute.arch.sync_threads()
     while block - thread < num_blocks:
         block += ctas * chunk_blocks
         load_blocks(ahead, block, CTA_THREADS, num_blocks, multiplier, shift, inputs, source)
@@ -516,11 +525,11 @@ def flat_kernel(
         load_blocks(raw, block, FLAT_THREADS, num_blocks, multiplier, shift, inputs, source)
     lane = cute.arch.lane_idx()
     top = Uint32(0)
-    for i in cutlass.range_constexpr(MAX_PARTIALS // 32):
-        index = lane + i * 32
+    for i in cutlass.range_constexpr(MAX_PARTIALS // 128):
+        index = 4 * lane + i * 128
         if index < num_partials:
-            partial = nm.load_f32_from_l2(nm.address_of(partials) + Int64(index) * 4)
-            top = nm.larger_u32(top, nm.bits(partial))
+            for word in nm.load_words_from_l2(nm.address_of(partials) + Int64(index) * 4):
+                top = nm.larger_u32(top, word)
     scale = bl.global_scale(nm.largest_of_warp(top), is_pow2)
     six_scales = nm.multiply(scale, bl.E2M1_MAX)
     if (thread == 0) & (cta == 0):

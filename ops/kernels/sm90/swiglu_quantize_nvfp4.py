@@ -19,6 +19,33 @@ def _silu_about(x):
     return nm.multiply(x, nm.reciprocal_about(nm.add(e, 1.0)))
 
 
+def _amax_about(raw, at, inputs, source):
+    """The largest magnitude of a block's products within 2^-14, NaN or Inf where a product may be."""
+    words = [raw[at + i] for i in range(source.raw_words)]
+    half = source.raw_words // 2
+    limit = inputs.scalar
+    about = Float32(0.0)
+    for gate, up in zip(
+        blocks.unpack(words[:half], source.dtype), blocks.unpack(words[half:], source.dtype), strict=True
+    ):
+        clamped = nm.smaller_or_nan(nm.larger_or_nan(up, nm.negate(limit)), limit)
+        product = nm.multiply(_silu_about(nm.smaller_or_nan(gate, limit)), clamped)
+        about = nm.larger_or_nan(about, nm.absolute(product))
+    return about
+
+
+@cute.jit
+def raise_bound(
+    raw: cute.Tensor, at: cutlass.Constexpr, inputs: cutlass.Constexpr, known: cute.Tensor, source: cutlass.Constexpr
+):
+    """Makes ``known`` at least what the largest product of a block certainly reaches."""
+    about = nm.bits(nm.multiply(_amax_about(raw, at, inputs, source), 1.0 - 2.0**-10))
+    reached = nm.largest_of_warp(nm.select(about < Uint32(blocks.INF_BITS), about, 0))
+    lane = cute.arch.lane_idx()
+    if lane == 0:
+        nm.raise_shared(known.iterator.toint(), reached)
+
+
 @cute.jit
 def top_of_products(
     raw: cute.Tensor,
@@ -30,22 +57,12 @@ def top_of_products(
 ) -> Uint32:
     """The larger of ``largest`` and the largest finite product of a block, as bits.
 
-    Products are computed exactly only where one may exceed what the CTA has seen: if an approximation, NaN where the
-    product is NaN or infinite, is not clearly below. The maximum starts at 1e-8, the least that counts.
+    Products are computed exactly only where one may exceed what the CTA has seen, ``known``: where an approximation is
+    not clearly below. The maximum starts at 1e-8, the least that counts.
     """
-    words = [raw[at + i] for i in range(source.raw_words)]
-    half = source.raw_words // 2
-    limit = inputs.scalar
-    about = Float32(0.0)
-    for gate, up in zip(
-        blocks.unpack(words[:half], source.dtype), blocks.unpack(words[half:], source.dtype), strict=True
-    ):
-        clamped = nm.smaller_or_nan(nm.larger_or_nan(up, nm.negate(limit)), limit)
-        product = nm.multiply(_silu_about(nm.smaller_or_nan(gate, limit)), clamped)
-        about = nm.larger_or_nan(about, nm.absolute(product))
     seen = nm.larger_u32(largest, known[0])
-    bound = nm.larger_or_nan(nm.multiply(about, 1.0 + 2.0**-10), nm.from_bits(seen))
-    prepare = source.prepare
+    bound = nm.larger_or_nan(nm.multiply(_amax_about(raw, at, inputs, source), 1.0 + 2.0**-10), nm.from_bits(seen))
+    prepare, words = source.prepare, [raw[at + i] for i in range(source.raw_words)]
     if nm.bits(bound) != seen:
         products = cute.make_rmem_tensor(16, Uint32)
         values = prepare(inputs, words, None, None)
@@ -59,6 +76,7 @@ def top_of_products(
 class SwiGlu:
     """Source: blocks of gate and up, from which a block of fp32 products is made."""
 
+    has_bound = True
     has_statistic = False
     kept_dtype = "float32"
 
@@ -79,6 +97,9 @@ class SwiGlu:
             clamped = nm.smaller_or_nan(nm.larger_or_nan(up, nm.negate(limit)), limit)
             products.append(nm.bits(nm.multiply(silu(nm.smaller_or_nan(gate, limit)), clamped)))
         return products
+
+    def bound(self, raw, at, inputs, known):
+        raise_bound(raw, at, inputs, known, self)
 
     def top(self, raw, at, inputs, largest, known):
         return top_of_products(raw, at, inputs, largest, known, self)
