@@ -16,6 +16,28 @@ CTAS_PER_SM = {16: 3, 32: 3, 64: 2, 128: 1, 256: 1}
 MAX_CTAS_PER_SM = 3
 
 
+def config_of(
+    mode: str,
+    tile_rows: int,
+    out_dtype: str = "bf16",
+    *,
+    has_row_scale: bool = True,
+    has_row_weight: bool = False,
+    has_amax: bool = False,
+) -> Config:
+    """The variant for tiles of ``tile_rows`` rows."""
+    return Config(
+        mode=mode,  # type: ignore[arg-type]
+        tile_tokens=tile_rows,
+        has_row_scale=has_row_scale,
+        has_row_weight=has_row_weight,
+        has_amax=has_amax,
+        out_dtype=out_dtype,  # type: ignore[arg-type]
+        ctas_per_sm=CTAS_PER_SM[tile_rows],
+        k_groups=2 if tile_rows == 128 else 1,
+    )
+
+
 def supports_grouped_wgmma(x: Tensor, codes: Tensor, block_scales: Tensor) -> bool:
     """Whether :func:`grouped_wgmma` takes these operands: K % 256 == 0, N % 16 == 0, 16-byte aligned bases and strides.
 
@@ -81,15 +103,13 @@ def grouped_wgmma(
         if partial_amax is not None:
             partial_amax.zero_()
         return
-    config = Config(
-        mode="grouped" if swiglu_limit is None else "swiglu",
-        tile_tokens=tile_rows,
+    config = config_of(
+        "grouped" if swiglu_limit is None else "swiglu",
+        tile_rows,
+        OUT_DTYPE_NAMES[out.dtype],
         has_row_scale=row_scale is not None,
         has_row_weight=row_weight is not None,
         has_amax=partial_amax is not None,
-        out_dtype=OUT_DTYPE_NAMES[out.dtype],  # type: ignore[arg-type]
-        ctas_per_sm=CTAS_PER_SM[tile_rows],
-        k_groups=2 if tile_rows == 128 else 1,
     )
     experts = codes.shape[0]
     scales = global_scale.reshape(1, 1) if global_scale.dim() == 0 else global_scale.reshape(experts, -1)
