@@ -3,12 +3,16 @@
 import functools
 
 import pytest
+import torch
 
+from dsv4_compile.nvfp4 import GRANULARITIES
 from dsv4_compile.ops.dispatch.dequantize_nvfp4 import DequantizeConfig
 from dsv4_compile.ops.dispatch.expand import ExpandConfig
-from dsv4_compile.ops.dispatch.quantizer import CTA_THREADS, ROW_SHAPES, AmaxConfig, FlatConfig, RowsConfig
+from dsv4_compile.ops.dispatch.quantizer import CTA_THREADS, ROW_SHAPES, AmaxConfig, FlatConfig, RowsConfig, as_rows
 from dsv4_compile.ops.dispatch.topk_router import LANE_EXPERTS, RouterConfig
+from dsv4_compile.ops.kernels import cache
 from dsv4_compile.ops.kernels.compilation import MachineCode, machine_code
+from dsv4_compile.ops.registration import CUDA_IMPLEMENTATIONS
 
 DTYPES = ("bfloat16", "float16", "float32")
 REGISTERS = 65536  # of a multiprocessor
@@ -99,3 +103,38 @@ def test_exp_is_not_contracted() -> None:
     assert code.count(r"\bFADD\b") >= 11 * 16
     assert code.count(r"\bFMUL\b") >= 10 * 16
     assert code.count(r"MUFU\.EX2") == 0
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("rows", [0, 1, 20, 60, 300])
+def test_number_of_launches(rows: int, granularity: str) -> None:
+    """Guards against a third launch, a second one for few rows or one scale a row, and a kernel that warming misses.
+
+    Under ``cache.recording`` the implementation runs on meta tensors and launches nothing.
+    """
+    x = torch.empty(rows, 8192, dtype=torch.bfloat16, device="meta")
+    ops = torch.ops.dsv4
+    for op, arguments in (
+        (ops.quantize_nvfp4.default, (x[:, :4096], granularity)),
+        (ops.swiglu_quantize_nvfp4.default, (x[:, :2048], x[:, 2048:4096], 10.0, granularity)),
+        (ops.rms_norm_quantize_nvfp4.default, (x[:, :4096], x.new_empty(4096), 1e-6, granularity)),
+        (ops.rms_norm_quantize_nvfp4.with_norm, (x[:, :4096], None, 1e-6, granularity)),
+    ):
+        with cache.recording() as recorded:
+            parts = CUDA_IMPLEMENTATIONS[op](*arguments)
+        is_costly = op is not ops.quantize_nvfp4.default  # stays with one launch for longer
+        few = 60 if is_costly else 20
+        assert len(recorded) == (0 if rows == 0 else 1 if granularity == "token" or rows <= few else 2)
+        assert [(part.shape, part.dtype) for part in parts] == [(fake.shape, fake.dtype) for fake in op(*arguments)]
+
+
+def test_transposed_groups_are_read_where_they_lie() -> None:
+    """Guards against a copy of an activation [groups, T, K] that lies as [T, groups, K], as in a grouped projection."""
+    x = torch.empty(1009, 8, 4096, dtype=torch.bfloat16, device="meta").transpose(0, 1)
+    operand = as_rows(x)
+    assert operand.start.untyped_storage()._cdata == x.untyped_storage()._cdata
+    assert (operand.outer, operand.inner, operand.pitches) == (8, 1009, (8192, 65536))
+    halves = [as_rows(half) for half in torch.empty(2, 5, 128, dtype=torch.bfloat16).chunk(2, dim=-1)]
+    assert [(half.outer, half.inner, half.pitches[1]) for half in halves] == [(1, 10, 256)] * 2
+    misaligned = torch.empty(8, 33, dtype=torch.bfloat16)[:, 1:]
+    assert as_rows(misaligned).pitches[1] == 64  # copied
