@@ -20,8 +20,11 @@ CONTEXT = 24
 SEED = 0
 
 
-def demo_model() -> Any:
+def demo_model(**changes: int) -> Any:
     """DeepSeek V4 with one layer of each kind: sliding, CSA and HCA attention; hash-routed and top-k experts.
+
+    Args:
+        changes: other values of HuggingFace's configuration than the small ones here.
 
     Raises:
         ImportError: transformers 5.17 or newer is not installed.
@@ -31,29 +34,30 @@ def demo_model() -> Any:
     except ImportError as error:
         raise ImportError("the demo needs transformers with DeepSeek V4: pip install 'transformers>=5.17'") from error
 
-    config = DeepseekV4Config(
-        vocab_size=512,
-        hidden_size=256,
-        moe_intermediate_size=128,
-        num_hidden_layers=3,
-        layer_types=["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
-        mlp_layer_types=["hash_moe", "moe", "moe"],
-        compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
-        num_attention_heads=8,
-        head_dim=64,
-        q_lora_rank=64,
-        o_groups=2,
-        o_lora_rank=64,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        index_n_heads=4,
-        index_head_dim=32,
-        index_topk=4,
-        sliding_window=16,
-        hc_mult=2,
-        hc_sinkhorn_iters=2,
-        max_position_embeddings=1024,
-    )
+    small = {
+        "vocab_size": 512,
+        "hidden_size": 256,
+        "moe_intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+        "mlp_layer_types": ["hash_moe", "moe", "moe"],
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        "num_attention_heads": 8,
+        "head_dim": 64,
+        "q_lora_rank": 64,
+        "o_groups": 2,
+        "o_lora_rank": 64,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "index_n_heads": 4,
+        "index_head_dim": 32,
+        "index_topk": 4,
+        "sliding_window": 16,
+        "hc_mult": 2,
+        "hc_sinkhorn_iters": 2,
+        "max_position_embeddings": 1024,
+    }
+    config = DeepseekV4Config(**{**small, **changes})
     torch.manual_seed(SEED)
     model = DeepseekV4ForCausalLM(config).to(torch.bfloat16).eval()
     with torch.no_grad():

@@ -20,9 +20,12 @@ BARRIER_BYTES = 1024
 SMEM_KIB = 226
 SHARED_SMEM_KIB = 110  # room for the CTA of the next kernel beside this one's
 TOKEN_SLOTS = (1, 2, 4, 8, 16, 24, 32)
-# Row tiles, row warps, K warps and steps a stage of a block of 16, 32, 64, 128 or 256 rows: the fastest of those measured
-# on an H100 at 1 and 16 tokens (docs/measured.md). The last one needs the least shared memory beside the activations.
+# Row tiles, row warps, K warps and steps a stage of a block of 16, 32, 64, 128 or 256 rows: the fastest of those tried on
+# an H100 at 1 and 16 tokens (docs/measured.md). The last one needs the least shared memory beside the activations.
 BLOCK_SHAPES = ((1, 1, 16, 1), (2, 1, 8, 1), (1, 4, 4, 2), (2, 4, 4, 1), (2, 8, 2, 1), (1, 16, 1, 1))
+# For more tokens: eight warps, whose threads have the registers for four tiles of tokens.
+FEW_WARPS_TOKENS = 16
+FEW_WARPS_BLOCK_SHAPES = ((1, 1, 8, 1), (2, 1, 8, 1), (2, 2, 4, 2), (2, 4, 2, 1), (2, 8, 1, 1))
 LARGEST_BLOCK_ROWS = 256
 GROUPED_TILE_ROWS = 8
 GROUPED_FEW_ROWS = 48
@@ -120,10 +123,10 @@ def choose(
     if not 0 < tokens <= MAX_TOKENS or k % STEP_K or not k:
         return None
     slots = next(size for size in TOKEN_SLOTS if size >= tokens)
+    shapes = BLOCK_SHAPES if tokens <= FEW_WARPS_TOKENS else FEW_WARPS_BLOCK_SHAPES
     rows = sum(weight_rows)
     for splits in (1, 2, 4, 8):
-        for shape in BLOCK_SHAPES:
-            row_tiles, row_warps, k_warps, stage_steps = shape
+        for row_tiles, row_warps, k_warps, stage_steps in shapes:
             block_rows = 16 * row_tiles * row_warps
             is_largest = block_rows == LARGEST_BLOCK_ROWS
             if -(-rows // block_rows) * splits > HOPPER_SM_COUNT and (splits > 1 or not is_largest):

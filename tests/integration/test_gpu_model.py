@@ -25,10 +25,24 @@ dsv4 = torch.ops.dsv4
 PRODUCTS = {dsv4.nvfp4_mm.default: (0, (3,)), dsv4.nvfp4_grouped_mm.default: (0, (3,))}
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
+# Widths of the demo that TMA cannot read, and ones that run on the tensor-core kernels as full-width models do.
+WIDTHS: dict[str, dict[str, int]] = {
+    "narrow": {},
+    "wide": {
+        "hidden_size": 512,
+        "moe_intermediate_size": 256,
+        "num_attention_heads": 8,
+        "head_dim": 128,
+        "q_lora_rank": 256,
+        "o_lora_rank": 256,
+    },
+}
+
+
+@pytest.fixture(scope="module", params=list(WIDTHS))
+def model(request: pytest.FixtureRequest) -> Any:
     """One layer of each kind, packed once, on the CPU: both devices multiply the same codes."""
-    network = demo_model()
+    network = demo_model(**WIDTHS[request.param])
     with torch.inference_mode():
         quantize_(network)
     return network

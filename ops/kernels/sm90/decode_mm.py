@@ -674,7 +674,9 @@ class DecodeMM:
         chunks = steps * (STEP_K // 32)
         pieces = (chunks + 31) // 32  # of a token
         total = tokens * pieces
-        batch = max(1, min(8, config.token_slots // 2)) if config.activation == "packed" else 2
+        batch = (
+            max(1, min(8, config.token_slots // 2)) if config.activation == "packed" else (2 if self.warps <= 8 else 1)
+        )
         words_per_chunk = 4 if config.activation == "packed" else 16
         loaded = cute.make_rmem_tensor((words_per_chunk, batch), Int32)
         scales = cute.make_rmem_tensor((batch,), Int32)
