@@ -1,18 +1,20 @@
 """Few tokens times packed weights: mma.sync on weights decoded in registers, straight from the checkpoint's layout.
 
-A CTA owns a block of weight rows (and, in a cluster, a part of K). One warp streams codes and block scales through a ring
-in shared memory with TMA, beginning before the activations exist; the others decode them. A step is 256 values of K of
-every row of the block; step ``i`` is the work of the ``row_warps`` warps of group ``i % k_warps``. A stage is what one
-barrier covers: ``stage_steps`` steps, so that a row's scales come in pieces longer than a sector. Stages that different
-groups read lie in slots of their own: a group sees every use of its slots, which is what the parity of a barrier needs.
+A CTA owns a block of weight rows (and, in a cluster, a part of K). One warp streams codes and block scales through a
+ring in shared memory with TMA, beginning before the activations exist; the others decode them. A step is 256 values
+of K of every row of the block; step ``i`` is the work of the ``row_warps`` warps of group ``i % k_warps``. A stage is
+what one barrier covers: ``stage_steps`` steps, so that a row's scales come in pieces longer than a sector. Stages
+that different groups read lie in slots of their own: a group sees every use of its slots, which is what the parity of
+a barrier needs.
 
-The order of K inside a step is free as long as both operands agree. Lane ``t`` of a quad owns 32 whole codes, two blocks
-with their two scales, of each 128; activations are stored in that order, eight at a time as (0, 4) (1, 5) (2, 6) (3, 7),
-which is how a word of codes decodes. Rows inside a group of eight are taken in the order 0 4 1 5 2 6 3 7, so that eight
-lanes read eight different banks of the 128-byte swizzle that TMA writes.
+The order of K inside a step is free as long as both operands agree. Lane ``t`` of a quad owns 32 whole codes, two
+blocks with their two scales, of each 128; activations are stored in that order, eight at a time as (0, 4) (1, 5) (2,
+6) (3, 7), which is how a word of codes decodes. Rows inside a group of eight are taken in the order 0 4 1 5 2 6 3 7,
+so that eight lanes read eight different banks of the 128-byte swizzle that TMA writes.
 
-In the grouped modes a unit of work is a row block of one expert times the tokens of one tile of a schedule that an earlier
-kernel made, and the CTAs share the units evenly. For SwiGLU half of a block are gate rows, half the matching up rows.
+In the grouped modes a unit of work is a row block of one expert times the tokens of one tile of a schedule that an
+earlier kernel made, and the CTAs share the units evenly. For SwiGLU half of a block are gate rows, half the matching
+up rows.
 
 Partial sums of warps and of the CTAs of a cluster are added in a fixed order: the same bits on every run.
 """
@@ -545,7 +547,7 @@ class DecodeMM:
         rank,
         thread,
     ):
-        """Adds the partial sums of a block of rows, those of each CTA of a cluster a part of the rows, and stores them."""
+        """Adds the partial sums of a block of rows, each CTA of a cluster those of a part of them, and stores."""
         config = self.config
         part = self.block_rows // config.splits
         segments = global_scale.shape[0]
@@ -596,7 +598,7 @@ class DecodeMM:
         thread,
         largest,
     ):
-        """``silu(min(gate, L)) * clamp(up, -L, L)`` of a block's gate and up rows; returns the largest finite result."""
+        """``silu(min(gate, L)) * clamp(up, -L, L)`` of a block; returns the largest finite result so far."""
         dtype = OUT_DTYPES[self.config.out_dtype]
         limit = routing[5]
         gate_scale = global_scale[expert, 0]
@@ -638,7 +640,7 @@ class DecodeMM:
     def scale_of_row(self, row_scale, first_row_scale, row):
         """The activation's global scale of a row: one a row, or one for all."""
         scale = first_row_scale
-        if cutlass.const_expr(self.config.has_row_scale):
+        if cutlass.const_expr(self.config.has_row_scale):  # noqa: SIM102 - known when compiling, the other is not
             if row_scale.shape[0] > 1:
                 scale = load_global_f32(row_scale.iterator.toint() + Int64(row) * 4)
         return scale
