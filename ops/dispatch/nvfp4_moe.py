@@ -15,7 +15,7 @@ from dsv4_compile.ops.dispatch.grouped_wgmma import grouped_wgmma, partial_amax_
 from dsv4_compile.ops.dispatch.moe_align import align
 from dsv4_compile.ops.dispatch.moe_combine import combine
 from dsv4_compile.ops.dispatch.moe_requantize import requantize
-from dsv4_compile.ops.kernels.device import require_hopper
+from dsv4_compile.ops.kernels.device import require_hopper, sm_count
 
 OP = "nvfp4_moe"
 UNALIGNED_TILE_ROWS = 64
@@ -88,7 +88,7 @@ def run(
     h = a_codes.new_empty((rows, intermediate), dtype=out_dtype)
     is_scaled_in_place = out_dtype == torch.bfloat16
     if plan.path == "decode":
-        partial_amax = a_codes.new_empty(partial_amax_size(a_codes), dtype=torch.float32)
+        partial_amax = a_codes.new_empty(sm_count(a_codes), dtype=torch.float32)  # one a CTA
         decode_mm.grouped_decode_mm(
             _decode_config(rows, gate_up_codes, True, is_before, out_dtype),
             decode_mm.aligned(a_codes), decode_mm.aligned(a_block_scales), row_scale,
