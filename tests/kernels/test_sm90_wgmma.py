@@ -100,7 +100,8 @@ def run_dense(config: Config, tokens: int, rows: Sequence[int], k: int) -> None:
     if not fits(config, tokens, rows):
         return
     weights = [any_weight(n, k) for n in rows]
-    global_scales = [torch.rand(1 if n % 3 else n // 8, device="cuda") + 0.5 for n in rows]
+    size = 2e-3 if config.out_dtype == "fp16" else 1.0  # fp16 ends at 65504
+    global_scales = [(torch.rand(1 if n % 3 else n // 8, device="cuda") + 0.5) * size for n in rows]
     x = torch.randn(tokens, 2 * k, device="cuda").bfloat16()[:, :k]  # rows that do not touch
     row_scale = torch.rand(tokens if tokens % 2 else 1, device="cuda") + 0.5 if config.has_row_scale else None
     bias = torch.randn(sum(rows), device="cuda") if config.has_bias else None
@@ -176,7 +177,7 @@ def test_non_finite(tokens: int) -> None:
     config = Config("dense", tokens, multicast=multicast, out_dtype="fp32")
     codes, block_scales = any_weight(384, 512)
     codes[:, :] |= 0x11  # no zero code: an infinite activation times zero is NaN
-    block_scales.view(torch.uint8)[:] |= 1
+    block_scales.view(torch.uint8).clamp_(min=1)
     x = torch.randn(tokens, 512, device="cuda").bfloat16()
     one, outs = torch.ones(1, device="cuda"), []
     for damaged in (False, True):
@@ -211,7 +212,8 @@ def run_grouped(config: Config, counts: Sequence[int], n: int, k: int, limit: fl
     is_swiglu = config.mode == "swiglu"
     experts, rows = len(counts), sum(counts)
     codes, block_scales = any_weight(experts, n, k)
-    global_scale = (torch.rand(experts, 2, device="cuda") + 0.5) * (2e-4 if is_swiglu else 1.0)
+    size = 2e-4 if is_swiglu or config.out_dtype == "fp16" else 1.0
+    global_scale = (torch.rand(experts, 2, device="cuda") + 0.5) * size
     x = torch.randn(rows + 3, k, device="cuda").bfloat16()
     x[rows:] = torch.nan  # rows of no group
     row_scale = torch.rand(rows + 3, device="cuda") + 0.5 if config.has_row_scale else None
