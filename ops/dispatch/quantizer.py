@@ -14,12 +14,9 @@ from dsv4_compile.ops.kernels import cache
 from dsv4_compile.ops.kernels.device import require_hopper, sm_count
 from dsv4_compile.ops.registration import allocate_packed
 
-CTA_THREADS = 512  # of the kernels that own rows or look for a maximum
-FLAT_THREADS = 256
+CTA_THREADS = 512  # of the kernels that own rows
 MAX_PARTIALS = 384  # three words of four for each lane of a warp
-AMAX_CTAS_PER_SM = 2
-LEAST_BLOCKS_FOR_TWO = 1 << 19  # for fewer, one CTA a multiprocessor, which leaves room for the second launch to start
-FLAT_CTAS_PER_SM = 6
+
 # (CTAs of a cluster, rows a thread holds): the first that holds all rows is one launch. Measured, see docs/measured.md:
 # from 64 rows of 4096 on two launches are as fast, unless much is computed for each element.
 ONE_LAUNCH = ((1, 1), (8, 1))
@@ -67,10 +64,14 @@ class AmaxConfig:
 
     Attributes:
         dtype, pdl: as of :class:`RowsConfig`.
+        threads: of a CTA.
+        is_bounded: skips exact values that an approximation shows to be below the maximum.
         unroll: blocks a thread loads at a time, while it works on as many.
     """
 
     dtype: str
+    threads: int
+    is_bounded: bool = False
     unroll: int = 1
     pdl: bool = True
 
@@ -81,15 +82,36 @@ class FlatConfig:
 
     Attributes:
         dtype, weight, pdl: as of :class:`RowsConfig`.
-        unroll: as of :class:`AmaxConfig`.
+        threads, unroll: as of :class:`AmaxConfig`.
         early: the input was written before the first of the two launches, so that it can be read before that ends.
     """
 
     dtype: str
+    threads: int
     weight: str | None = None
     unroll: int = 1
     early: bool = True
     pdl: bool = True
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How two launches spread over the GPU.
+
+    Attributes:
+        amax_threads, flat_threads: of a CTA.
+        amax_per_sm, flat_per_sm: most CTAs a multiprocessor.
+    """
+
+    amax_threads: int
+    amax_per_sm: int
+    flat_threads: int
+    flat_per_sm: int
+
+
+# Up to one block for each of 512 threads a multiprocessor: small CTAs, so that all multiprocessors have some. Up to 16
+# times that the first launch leaves room for the second, which loads its blocks while it waits.
+GRIDS = ((512, Grid(128, 2, 128, 8)), (4096, Grid(512, 1, 256, 4)), (math.inf, Grid(512, 2, 256, 8)))
 
 
 @dataclass(frozen=True)
@@ -105,6 +127,7 @@ class Source:
         scalar: limit or eps.
         weight: dtype of the weight, or None.
         has_statistic: the operator needs each row as a whole.
+        has_bound: see AmaxConfig.is_bounded.
     """
 
     op: str
@@ -115,6 +138,7 @@ class Source:
     scalar: float = 0.0
     weight: str | None = None
     has_statistic: bool = False
+    has_bound: bool = False
 
     @property
     def kernel(self) -> str:
@@ -210,10 +234,9 @@ def quantize(source: Source, x: Tensor, granularity: str, norm: Tensor | None = 
     require_hopper(source.op, x)
     packed = allocate_packed(x, granularity)
     k = x.shape[-1]
-    rows = x.numel() // k if k else 0
+    rows = x.numel() // k if k else 0  # no columns: nothing but global scales
     if rows == 0:
-        if granularity != "token":
-            packed[2].fill_(_empty_scale(granularity))
+        packed[2].fill_(_empty_scale(granularity))
         return packed
     row_blocks = k // nvfp4.BLOCK_SIZE
     if rows * row_blocks >= division.LIMIT:
@@ -260,33 +283,34 @@ def _two_launches(
 ) -> None:
     num_blocks = rows * row_blocks
     sms = sm_count(norm_out)
-    most = min(MAX_PARTIALS, (AMAX_CTAS_PER_SM if num_blocks >= LEAST_BLOCKS_FOR_TWO else 1) * sms)
+    grid = next(grid for most, grid in GRIDS if num_blocks <= most * sms)
     row_division = division.magic(row_blocks)
     factors = norm_out.new_empty((rows if source.has_statistic else 0,), dtype=torch.float32)
     if source.has_statistic:
         threads, blocks = row_shape(source, row_blocks)
-        ctas = _multiple_of_four(min(most, math.ceil(rows / (CTA_THREADS // threads))))
+        ctas = _num_partials(2 * sms, math.ceil(rows / (CTA_THREADS // threads)))
         partials = norm_out.new_empty((ctas,), dtype=torch.float32)
         kernel = cache.kernel(source.kernel, replace(base, threads=threads, blocks=blocks, is_partial=True))
         kernel(*source.tensors, partials, factors, norm_out, rows, ctas, row_blocks, *source.geometry, source.scalar)
     else:
-        ctas = _multiple_of_four(min(most, math.ceil(num_blocks / CTA_THREADS)))
+        ctas = _num_partials(grid.amax_per_sm * sms, math.ceil(num_blocks / grid.amax_threads))
         partials = norm_out.new_empty((ctas,), dtype=torch.float32)
-        kernel = cache.kernel(source.kernel, AmaxConfig(base.dtype))
+        is_bounded = source.has_bound and grid.amax_threads == CTA_THREADS
+        kernel = cache.kernel(source.kernel, AmaxConfig(base.dtype, grid.amax_threads, is_bounded))
         kernel(*source.tensors, partials, num_blocks, ctas, row_blocks, *row_division, *source.geometry, source.scalar)
-    flat_ctas = min(FLAT_CTAS_PER_SM * sms, math.ceil(num_blocks / FLAT_THREADS))
+    flat_ctas = min(grid.flat_per_sm * sms, math.ceil(num_blocks / grid.flat_threads))
     if base.norm:  # quantise what the first launch wrote
-        kernel = cache.kernel("sm90.quantize_nvfp4", FlatConfig(base.dtype, early=False))
+        kernel = cache.kernel("sm90.quantize_nvfp4", FlatConfig(base.dtype, grid.flat_threads, early=False))
         operand = as_rows(norm_out.view(rows, -1))
         source = replace(source, first=operand, second=operand)
     else:
-        kernel = cache.kernel(source.kernel, FlatConfig(base.dtype, base.weight))
+        kernel = cache.kernel(source.kernel, FlatConfig(base.dtype, grid.flat_threads, base.weight))
     kernel(
         *source.tensors, partials, factors, *flat, num_blocks, ctas, flat_ctas, row_blocks, *row_division,
         *source.geometry, source.scalar, is_pow2,
     )  # fmt: skip
 
 
-def _multiple_of_four(ctas: int) -> int:
-    """Rounds up: maxima are read four at a time, and a CTA with nothing to do leaves one too."""
-    return (ctas + 3) // 4 * 4
+def _num_partials(most: int, wanted: int) -> int:
+    """A multiple of four: maxima are read four at a time, and a CTA with nothing to do leaves one too."""
+    return min((min(most, wanted) + 3) // 4 * 4, MAX_PARTIALS)
