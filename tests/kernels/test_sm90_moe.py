@@ -350,8 +350,8 @@ def any_hidden(rows: int, k: int, dtype: torch.dtype) -> Tensor:
 def test_requantize(dtype: torch.dtype, granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against any rounding other than the reference's, and against rows of nobody that count or are written."""
     poison(monkeypatch)
-    shapes = [(6, 2048), (96, 2048), (1, 16), (5, 48), (3, 4112), (700, 336), (1536, 2048), (2, 16384)]
-    shapes += [(int(np.random.randint(1, 400)), 16 * int(np.random.randint(1, 100))) for _ in range(100)]
+    shapes = [(6, 2048), (96, 2048), (1, 16), (5, 48), (3, 4112), (700, 336), (1000, 2048), (2, 16384)]
+    shapes += [(int(np.random.randint(1, 100)), 16 * int(np.random.randint(1, 100))) for _ in range(100)]
     for rows, k in shapes:
         h = any_hidden(rows, k, dtype)
         valid = rows if np.random.rand() < 0.5 else int(np.random.randint(0, rows + 1))

@@ -48,21 +48,31 @@ def arguments(
 
 
 def check(args: list[Any], is_exact: bool) -> None:
-    expected = reference(*args)
-    given = [arg.cuda() if isinstance(arg, Tensor) else arg for arg in args]
+    args = given = [arg.cuda() if isinstance(arg, Tensor) else arg for arg in args]
+    expected = reference(*given)  # torch's CUDA kernels run it with the bits of the CPU, faster
     actual = nvfp4_grouped_mm(*given)
     again = nvfp4_grouped_mm(*given)
     assert torch.equal(actual, again)
     if is_exact:
-        assert torch.equal(actual.cpu(), expected)
+        assert torch.equal(actual, expected)
         return
     k = 2 * args[0].shape[-1]
     magnitudes = reference(args[0] & 0x77, *args[1:3], args[3] & 0x77, *args[4:7], torch.float32)
     limit = k * 2.0**-22 * magnitudes.double() + 2 * ROUNDING[args[-1]] * expected.double().abs()
-    error = (actual.cpu().double() - expected.double()).abs()
+    error = (actual.double() - expected.double()).abs()
     if args[-1] == torch.float16:  # beyond its range, both are infinite
-        error[actual.cpu() == expected] = 0
+        error[actual == expected] = 0
     assert (error <= limit).all(), f"{(error / limit).nan_to_num().max():.3g} of the bound"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_static", [False, True])
+def test_reference_has_the_same_bits_on_a_gpu(is_static: bool) -> None:
+    """Guards against a comparison with something else than the CPU reference."""
+    for kind, shape in enumerate(STATIC_SHAPES[1:] if is_static else SHAPES):
+        args = arguments(shape, is_static, DTYPES[kind % 3], False, kind)
+        given = [arg.cuda() if isinstance(arg, Tensor) else arg for arg in args]
+        assert torch.equal(reference(*given).cpu(), reference(*args))
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,15 +178,22 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(case: Case) -> None:
-    args = arguments(case)
-    expected = reference(*args)
-    given = on_gpu(args)
+    given = on_gpu(arguments(case))
+    expected = reference(*given)
     actual = nvfp4_moe(*given)
-    limit = bound(args, expected)
-    error = (actual.cpu().double() - expected.double()).abs()
+    limit = bound(given, expected)
+    error = (actual.double() - expected.double()).abs()
     assert (error <= limit).all(), f"{case}: {(error / limit).max():.3g} of the bound, {(error > limit).sum()} elements"
     again = nvfp4_moe(*given)
     assert torch.equal(again, actual), f"{case}: other bits on the second run"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", NARROW, ids=str)
+def test_reference_has_the_same_bits_on_a_gpu(case: Case) -> None:
+    """Guards against a comparison with something else than the CPU reference: torch's CUDA kernels run it here, faster."""
+    args = arguments(case)
+    assert torch.equal(reference(*on_gpu(args)).cpu(), reference(*args))
 
 
 @pytest.mark.gpu
@@ -218,7 +225,8 @@ def test_close_on_ordinary_data(width: int, granularity: str) -> None:
     case = Case(64, 4, 8, width, width, granularity=granularity, out_dtype=torch.float32)
     args = arguments(case, any_packed)
     args[:3] = quantize_nvfp4(torch.randn(64, width), granularity)
-    expected, actual = reference(*args).double(), nvfp4_moe(*on_gpu(args)).cpu().double()
+    given = on_gpu(args)
+    expected, actual = reference(*given).double(), nvfp4_moe(*given).double()
     assert 10 * torch.log10(expected.square().sum() / (expected - actual).square().sum()) >= 50
 
 
