@@ -39,44 +39,51 @@ def run(
     rows = flat.shape[0]
     row_scale = a_global_scale.reshape(-1).contiguous()
     is_wide = supports_grouped_wgmma(b_codes.new_empty((rows, k), device="meta"), b_codes, b_block_scales)
-    config = _decode_config(rows, b_codes, b_block_scales, out.dtype, offsets is not None) if is_wide else None
+    # Static groups inside the rows of an activation are expanded: one launch where two copies would be two.
+    is_apart = offsets is None and not (a_codes.is_contiguous() and a_block_scales.is_contiguous())
+    config = None
+    if is_wide:
+        config = _decode_config(rows, b_codes, b_block_scales, out.dtype, not is_apart, offsets is not None or is_apart)
     tile_rows = UNALIGNED_TILE_ROWS
     if config is not None:
         tile_rows = decode_mm.GROUPED_TILE_ROWS
     elif is_wide:
         tile_rows = tile_rows_of(rows, groups)
+
+    x, x_scales, schedule = a_codes, None, None
+    if offsets is not None:
+        schedule = schedule_of_offsets(offsets, rows, tile_rows)
+    if config is not None and not is_apart:
+        x, x_scales = (decode_mm.aligned(part.reshape(rows, -1)) for part in (a_codes, a_block_scales))
+    elif offsets is None:
+        x, schedule = expand_groups(a_codes, a_block_scales, tile_rows)
+    else:
+        x = expand(a_codes, a_block_scales)
+
     if config is not None:
-        schedule = None if offsets is None else schedule_of_offsets(offsets, rows, tile_rows)
         scales = b_global_scale.reshape(-1, 1) if b_global_scale.dim() < 2 else b_global_scale
         scales = scales.expand(groups, scales.shape[1]).contiguous()
         decode_mm.grouped_decode_mm(
-            config, decode_mm.aligned(a_codes.reshape(rows, -1)), decode_mm.aligned(a_block_scales.reshape(rows, -1)),
-            row_scale, b_codes, b_block_scales, scales, schedule, flat, group_rows=rows // groups,
-        )  # fmt: skip
-        if schedule is not None:
-            zero_tail(flat, schedule)
-        return out
-    if offsets is None:
-        x, schedule = expand_groups(a_codes, a_block_scales, tile_rows)
+            config, x, x_scales, row_scale, b_codes, b_block_scales, scales, schedule, flat, group_rows=rows // groups
+        )
     else:
-        schedule = schedule_of_offsets(offsets, rows, tile_rows)
-        x = expand(a_codes, a_block_scales)
-    if is_wide:
-        grouped_wgmma(x, _one_or_all(row_scale), b_codes, b_block_scales, b_global_scale, schedule, tile_rows, flat)
-    else:
-        grouped_unaligned(x, row_scale, b_codes, b_block_scales, b_global_scale, schedule, flat)
-    if offsets is not None:
+        assert schedule is not None, "only the decode kernel does without"
+        if is_wide:
+            grouped_wgmma(x, _one_or_all(row_scale), b_codes, b_block_scales, b_global_scale, schedule, tile_rows, flat)
+        else:
+            grouped_unaligned(x, row_scale, b_codes, b_block_scales, b_global_scale, schedule, flat)
+    if offsets is not None and schedule is not None:
         zero_tail(flat, schedule)
     return out
 
 
 def _decode_config(
-    rows: int, codes: Tensor, block_scales: Tensor, out_dtype: torch.dtype, has_schedule: bool
+    rows: int, codes: Tensor, block_scales: Tensor, out_dtype: torch.dtype, is_packed: bool, has_schedule: bool
 ) -> decode_mm.Config | None:
     """The decode kernel's variant where groups have few rows on average and it can read the weights."""
     if rows > DECODE_AVERAGE_ROWS * min(rows, codes.shape[0]) or not decode_mm.is_mappable(codes, block_scales):
         return None
-    return decode_mm.choose_grouped(rows, 2 * codes.shape[2], True, False, False, out_dtype, has_schedule)
+    return decode_mm.choose_grouped(rows, 2 * codes.shape[2], is_packed, False, False, out_dtype, has_schedule)
 
 
 def _one_or_all(row_scale: Tensor) -> Tensor:

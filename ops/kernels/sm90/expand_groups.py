@@ -32,8 +32,8 @@ def expand_kernel(
     codes_at, scales_at = numerics.address_of(codes), numerics.address_of(scales)
     out_at, schedule_at = numerics.address_of(out), numerics.address_of(schedule)
     if cutlass.const_expr(pdl):
-        cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()
     block, _, _ = cute.arch.block_idx()
     thread, _, _ = cute.arch.thread_idx()
     ctas, _, _ = cute.arch.grid_dim()

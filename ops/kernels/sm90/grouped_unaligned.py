@@ -56,8 +56,8 @@ def grouped_kernel(
     k = Int32(cute.size(x, mode=[1]))
     parts = 2 if config.is_swiglu else 1
     if cutlass.const_expr(config.pdl):
-        cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()
     largest = Uint32(0)
     if tile < schedule[0, 0]:
         expert, begin, rows = schedule[tile + 1, 0], schedule[tile + 1, 1], schedule[tile + 1, 2]

@@ -189,8 +189,8 @@ def align_kernel(
         word += 32
     cute.arch.sync_warp()
     if cutlass.const_expr(pdl):
-        cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()
 
     count_or_place(
         ids, counters[warp, None], start, sorted_slots, row_of_slot, weights, row_weight, token_scale, row_scale,
@@ -288,8 +288,8 @@ def align_small_kernel(
     warp = cute.arch.warp_idx()
     slots = Int32(cute.size(ids))
     if cutlass.const_expr(pdl):
-        cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()
 
     expert = experts + 1  # behind those of slots that go nowhere
     if thread < slots:
@@ -381,8 +381,8 @@ def schedule_kernel(
 
     thread, _, _ = cute.arch.thread_idx()
     if cutlass.const_expr(pdl):
-        cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()
     tile_base = Int32(0)
     for chunk in range(cute.ceil_div(groups, THREADS)):
         group = chunk * THREADS + thread

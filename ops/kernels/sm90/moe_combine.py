@@ -30,8 +30,8 @@ def combine_kernel(
     token, block, _ = cute.arch.block_idx()
     vector = block * THREADS + thread
     if cutlass.const_expr(pdl):
-        cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()
     if vector < cute.size(out, mode=[1]):
         total = cute.make_rmem_tensor(COLUMNS, Float32)
         total.fill(0.0)

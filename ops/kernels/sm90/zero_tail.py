@@ -15,8 +15,8 @@ def zero_tail_kernel(out: cute.Tensor, schedule: cute.Tensor, columns: Int32, pd
     block, _, _ = cute.arch.block_idx()
     ctas, _, _ = cute.arch.grid_dim()
     if cutlass.const_expr(pdl):
-        cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()
     element = Int64(schedule[0, 1]) * columns + block * THREADS + thread
     while element < cute.size(out):
         out[element] = out.element_type(0)
