@@ -12,7 +12,7 @@ from dsv4_compile.ops.kernels.device import require_hopper, sm_count
 OP = "nvfp4_grouped_mm"
 
 # Decoding waits more than it computes where a tile has few tokens: more warps (measured, see docs/measured.md).
-CTAS_PER_SM = {16: 3, 32: 3, 64: 2, 128: 1, 256: 1}
+CTAS_PER_SM = {16: 3, 32: 2, 64: 2, 128: 1, 256: 1}
 MAX_CTAS_PER_SM = 3
 
 

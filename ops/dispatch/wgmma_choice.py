@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dsv4_compile.ops.dispatch.wgmma_w4 import STAGE_K, Config, clusters_of, num_tiles_of
 
-LAUNCH_US = 3.0  # from one kernel's end to the next one's first product, with its last store
+LAUNCH_US = 2.0  # from one kernel's end to the next one's first product, with its last store
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,17 @@ class Variant:
     tile_us: float
 
 
-# H100, 2026-11-25, from times of 4096 x 4096, 32768 x 1024 and 7168 x 16384 at 64 to 2048 tokens.
+# H100, 2026-11-25, fitted to times of 4096 x 4096, 32768 x 1024 and 7168 x 16384 at 33 to 4096 tokens.
 VARIANTS = (
-    Variant(64, 1, 2, 1, 2.60, 3.0),
-    Variant(64, 2, 1, 1, 1.35, 2.0),
-    Variant(64, 2, 1, 2, 1.35, 2.5),
-    Variant(64, 2, 1, 3, 1.35, 3.0),
-    Variant(64, 1, 2, 4, 2.60, 4.0),
-    Variant(128, 2, 1, 1, 1.65, 2.5),
-    Variant(128, 2, 1, 2, 1.65, 3.5),
-    Variant(256, 1, 1, 1, 2.60, 3.0),
-    Variant(256, 1, 1, 2, 2.50, 6.0),
+    Variant(64, 1, 2, 1, 2.53, 3.5),
+    Variant(64, 2, 1, 1, 1.30, 2.3),
+    Variant(64, 2, 1, 2, 1.40, 3.0),
+    Variant(64, 2, 1, 3, 1.40, 4.5),
+    Variant(64, 1, 2, 4, 2.55, 5.0),
+    Variant(128, 2, 1, 1, 1.62, 2.8),
+    Variant(128, 2, 1, 2, 1.75, 2.7),
+    Variant(256, 1, 1, 1, 2.60, 4.2),
+    Variant(256, 1, 1, 2, 2.45, 8.5),
 )
 
 

@@ -1,5 +1,6 @@
 """``nvfp4_mm``: the product, bit for bit against integer arithmetic, and what one row may know of another."""
 
+import importlib
 import itertools
 import math
 
@@ -349,14 +350,27 @@ def gpu_error(k: int) -> float:
 
 
 def assert_matches_cpu(actual: Tensor, a: Packed, *weights: Packed, bias: Tensor | None = None) -> None:
-    """Compares a GPU result with the CPU kernel's exact sum, which also gives the sum of magnitudes (no sign bits)."""
+    """Compares a GPU result with the exact sum, which also gives the sum of magnitudes (no sign bits).
+
+    Both by the CPU kernel's function, run where the result is: its products are exact in fp64 on a GPU too.
+    """
+
+    def exactly(operands: list[Packed], bias: Tensor | None) -> Tensor:
+        moved = [tuple(part.to(actual.device) for part in parts) for parts in operands]
+        lists = (list(parts) for parts in zip(*moved[1:], strict=True))
+        return (
+            importlib.import_module("dsv4_compile.ops.nvfp4_mm")
+            .reference(*moved[0], *lists, None if bias is None else bias.to(actual.device), torch.float32)
+            .double()
+        )
+
     unsigned = [(codes & 0x77, block_scales, scale) for codes, block_scales, scale in (a, *weights)]
-    exact = mm(a, *weights, bias=bias).double()
-    magnitude = mm(unsigned[0], *unsigned[1:], bias=None if bias is None else bias.abs()).double()
+    exact = exactly([a, *weights], bias)
+    magnitude = exactly(unsigned, None if bias is None else bias.abs())
     rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-23}[actual.dtype]
     error = magnitude * gpu_error(2 * a[0].shape[-1])
     allowed = error + (exact.abs() + error) * rounding + 2.0**-24 * (actual.dtype == torch.float16)
-    wrong = ~((actual.cpu().double() - exact).abs() <= allowed)
+    wrong = ~((actual.double() - exact).abs() <= allowed)
     assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()}, first {wrong.nonzero()[:3].tolist()}"
 
 
