@@ -65,7 +65,6 @@ class WgmmaW4:
         launch_registers = REGISTERS // config.ctas_per_sm // self.threads // 8 * 8
         spare = launch_registers * self.threads - PRODUCER_REGISTERS * PRODUCER_THREADS
         self.consumer_registers = min(240, spare // consumers // 8 * 8)
-        self.loads_ahead = config.k_groups == 1 or self.tokens < 128  # no registers left for it there
         self.group = config.group
         self.groups = STEP_K // 16 // self.group  # a step of K
         self.load_tokens = self.tokens // config.multicast  # that one CTA loads
@@ -437,7 +436,6 @@ class WgmmaW4:
             cute.recast_ptr((base + self.activation_offset).align(1024), swizzle_=layout.inner, dtype=BFloat16),
             layout.outer,
         )
-        cpasync.prefetch_descriptor(x_atom)
         member = rank % config.multicast
         mask = Int32((1 << config.multicast) - 1) << (rank - member)
         cute.arch.griddepcontrol_wait()
@@ -516,10 +514,7 @@ class WgmmaW4:
             fragments.append(fragment)
             words.append(cute.recast_tensor(fragment, Int32))
 
-        steps = STEPS // config.k_groups
-        positions = steps * self.groups
-        next_nibbles = cute.make_rmem_tensor((4 * self.group,), Int32)
-        next_scales = cute.make_rmem_tensor((2 * steps,), Int32)
+        positions = STEPS // config.k_groups * self.groups
         weight_slot, weight_phase = Int32(0), Int32(0)
         x_slot, x_phase = k_group, Int32(0)
         tile_count = Int32(0)
@@ -537,36 +532,21 @@ class WgmmaW4:
             accumulators.fill(0.0)
             last_slot = Int32(0)
             nan_low, nan_high = Int32(0), Int32(0)
-            if self.loads_ahead and stages > 0:
-                self.load_first(
-                    weight_full, weight_slot, weight_phase, code_lane, scale_lane, second, next_nibbles, next_scales
-                )
             for stage in cutlass.range(stages, unroll=1):
-                if cutlass.const_expr(not self.loads_ahead):
-                    self.load_first(
-                        weight_full, weight_slot, weight_phase, code_lane, scale_lane, second, next_nibbles, next_scales
-                    )
+                cute.arch.mbarrier_wait(weight_full + weight_slot, weight_phase)
                 codes = code_lane + weight_slot * (BLOCK_ROWS * CODE_BYTES)
-                nibbles = [[next_nibbles[4 * k + j] for j in range(4)] for k in range(self.group)]
-                scale_words = [[next_scales[i * steps + word] for word in range(steps)] for i in range(2)]
-                next_slot, next_phase = weight_slot + 1, weight_phase
-                if next_slot == self.weight_stages:
-                    next_slot = Int32(0)
-                    next_phase = weight_phase ^ 1
-                for word in cutlass.range_constexpr(steps):
+                scales = scale_lane + weight_slot * (BLOCK_ROWS * SCALE_BYTES)
+                scale_words = [self.load_scales(scales + i * second * SCALE_BYTES) for i in range(2)]
+                nibbles = self.load_codes(codes, 0, second)
+                for word in cutlass.range_constexpr(STEPS // config.k_groups):
                     nan_low = nan_low | nan_flags(scale_words[0][word])
                     nan_high = nan_high | nan_flags(scale_words[1][word])
-                for step in cutlass.range_constexpr(steps):
+                for step in cutlass.range_constexpr(STEPS // config.k_groups):
                     for group in cutlass.range_constexpr(self.groups):
                         position = step * self.groups + group
                         current = nibbles
                         if cutlass.const_expr(position + 1 < positions):
                             nibbles = self.load_codes(codes, position + 1, second)
-                        elif self.loads_ahead and stage + 1 < stages:
-                            self.load_first(
-                                weight_full, next_slot, next_phase, code_lane, scale_lane, second, next_nibbles,
-                                next_scales,
-                            )  # fmt: skip
                         target = words[position % 2]
                         self.decode(
                             current, [self.scale_factors(scale_words[i][step], group) for i in range(2)], target
@@ -595,7 +575,10 @@ class WgmmaW4:
                     if x_slot >= self.activation_stages:
                         x_slot = x_slot - self.activation_stages
                         x_phase = x_phase ^ 1
-                weight_slot, weight_phase = next_slot, next_phase
+                weight_slot = weight_slot + 1
+                if weight_slot == self.weight_stages:
+                    weight_slot = Int32(0)
+                    weight_phase = weight_phase ^ 1
             warpgroup.wait_group(0)
             if stages > 0:
                 self.release(x_empty + last_slot, rank)
@@ -659,22 +642,6 @@ class WgmmaW4:
                 for i in cutlass.range_constexpr(4):
                     if (nan_low if cutlass.const_expr(i < 2) else nan_high) != 0:
                         accumulators[4 * j + i] = Float32(float("nan"))
-
-    @cute.jit
-    def load_first(
-        self, full, slot, phase, code_lane, scale_lane, second: cutlass.Constexpr, next_nibbles, next_scales
-    ):
-        """Waits for a weight stage and loads what its first group of steps, and all its steps' scales, need."""
-        cute.arch.mbarrier_wait(full + slot, phase)
-        scales = scale_lane + slot * (BLOCK_ROWS * SCALE_BYTES)
-        for i in cutlass.range_constexpr(2):
-            words = self.load_scales(scales + i * second * SCALE_BYTES)
-            for j in cutlass.range_constexpr(len(words)):
-                next_scales[i * len(words) + j] = words[j]
-        nibbles = self.load_codes(code_lane + slot * (BLOCK_ROWS * CODE_BYTES), 0, second)
-        for k in cutlass.range_constexpr(self.group):
-            for j in cutlass.range_constexpr(4):
-                next_nibbles[4 * k + j] = nibbles[k][j]
 
     def load_codes(self, codes, position, second):
         """The lane's bytes of a group of k16 steps: for each step rows (g, g + 8) of k 2t, then of k 2t + 8."""
