@@ -178,7 +178,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(case: Case) -> None:
-    given = on_gpu(arguments(case))
+    with torch.device("cuda"):
+        given = arguments(case)
     expected = reference(*given)
     actual = nvfp4_moe(*given)
     limit = bound(given, expected)
