@@ -137,6 +137,8 @@ class Nvfp4Tensor(torch.Tensor):
             # A view of a parameter made outside of inference mode must not be an inference tensor.
             with torch.inference_mode(False), torch.no_grad():
                 return cls.__torch_dispatch__(func, types, args, kwargs)
+        if getattr(func, "overloadpacket", None) is aten.to:  # inference mode hands it over whole, not as _to_copy
+            return func.decompose(*args, **kwargs)
         handler = _PACKED_OPS.get(func)
         if handler is not None:
             out = handler(func, *args, **kwargs)

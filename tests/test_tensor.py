@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dsv4_compile import nvfp4
+from dsv4_compile.quantization import quantize_
 from dsv4_compile.tensor import Nvfp4Tensor
 from tests import nvfp4_oracle as oracle
 
@@ -429,6 +430,20 @@ def test_to_device(kind: str) -> None:
     module.to("meta", torch.float16)
     assert isinstance(module.weight, nn.Parameter)
     assert (parts(module.weight)[0].device.type, module.weight.dtype) == ("meta", torch.float16)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_module_moves_packed(mode: Any) -> None:
+    """Guards against a module that is moved or copied under inference mode and comes out dequantised, or stays behind."""
+    with mode():
+        module = nn.Sequential(nn.Linear(64, 32, bias=False)).bfloat16()
+        quantize_(module)
+        copied = copy.deepcopy(module).to("meta")
+        halved = copy.deepcopy(module).half()
+    for moved, device, dtype in ((copied, "meta", torch.bfloat16), (halved, "cpu", torch.float16)):
+        weight = moved[0].weight
+        assert isinstance(weight, Nvfp4Tensor)
+        assert (weight.device.type, weight.codes.device.type, weight.dtype) == (device, device, dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)
