@@ -20,8 +20,8 @@ BARRIER_BYTES = 1024
 SMEM_KIB = 226
 SHARED_SMEM_KIB = 110  # room for the CTA of the next kernel beside this one's
 TOKEN_SLOTS = (1, 2, 4, 8, 16, 24, 32)
-# Row tiles, row warps, K warps and steps a stage of blocks of 16 to 256 rows: the fastest of those tried on an H100 at 1
-# and 16 tokens (docs/measured.md). The last one needs the least shared memory beside the activations.
+# Row tiles, row warps, K warps and steps a stage of blocks of 16 to 256 rows: the fastest of those tried on an H100 at
+# 1 and 16 tokens (docs/measured.md). The last one needs the least shared memory beside the activations.
 BLOCK_SHAPES = ((1, 1, 16, 1), (2, 1, 8, 1), (1, 4, 4, 2), (2, 4, 4, 1), (2, 8, 2, 1), (1, 16, 1, 1))
 # For more tokens: eight warps, whose threads have the registers for four tiles of tokens.
 FEW_WARPS_TOKENS = 16
