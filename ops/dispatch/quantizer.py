@@ -14,9 +14,13 @@ from dsv4_compile.ops.kernels import cache
 from dsv4_compile.ops.kernels.device import require_hopper, sm_count
 from dsv4_compile.ops.registration import allocate_packed
 
-CTA_THREADS = 512  # of the kernels that own rows
+CTA_THREADS = 512  # of the kernels that own rows or look for a maximum
+FLAT_THREADS = 256
 MAX_PARTIALS = 384  # three words of four for each lane of a warp
-
+# CTAs a multiprocessor of the first and of the second launch. For fewer blocks the first leaves room for the second,
+# which loads its blocks while it waits (1024 x 4096: 9.3 us rather than 10.2; 16384 x 4096: 108.8 rather than 114.8).
+LEAST_BLOCKS = 1 << 19
+CTAS_PER_SM_FEW, CTAS_PER_SM_MANY = (1, 4), (2, 8)
 # (CTAs of a cluster, rows a thread holds): the first that holds all rows is one launch. Measured, see docs/measured.md:
 # from 64 rows of 4096 on two launches are as fast, unless much is computed for each element.
 ONE_LAUNCH = ((1, 1), (8, 1))
@@ -64,14 +68,10 @@ class AmaxConfig:
 
     Attributes:
         dtype, pdl: as of :class:`RowsConfig`.
-        threads: of a CTA.
-        is_bounded: skips exact values that an approximation shows to be below the maximum.
         unroll: blocks a thread loads at a time, while it works on as many.
     """
 
     dtype: str
-    threads: int
-    is_bounded: bool = False
     unroll: int = 1
     pdl: bool = True
 
@@ -82,36 +82,15 @@ class FlatConfig:
 
     Attributes:
         dtype, weight, pdl: as of :class:`RowsConfig`.
-        threads, unroll: as of :class:`AmaxConfig`.
+        unroll: as of :class:`AmaxConfig`.
         early: the input was written before the first of the two launches, so that it can be read before that ends.
     """
 
     dtype: str
-    threads: int
     weight: str | None = None
     unroll: int = 1
     early: bool = True
     pdl: bool = True
-
-
-@dataclass(frozen=True)
-class Grid:
-    """How two launches spread over the GPU.
-
-    Attributes:
-        amax_threads, flat_threads: of a CTA.
-        amax_per_sm, flat_per_sm: most CTAs a multiprocessor.
-    """
-
-    amax_threads: int
-    amax_per_sm: int
-    flat_threads: int
-    flat_per_sm: int
-
-
-# Up to one block for each of 512 threads a multiprocessor: small CTAs, so that all multiprocessors have some. Up to 16
-# times that the first launch leaves room for the second, which loads its blocks while it waits.
-GRIDS = ((512, Grid(128, 2, 128, 8)), (4096, Grid(512, 1, 256, 4)), (math.inf, Grid(512, 2, 256, 8)))
 
 
 @dataclass(frozen=True)
@@ -127,7 +106,6 @@ class Source:
         scalar: limit or eps.
         weight: dtype of the weight, or None.
         has_statistic: the operator needs each row as a whole.
-        has_bound: see AmaxConfig.is_bounded.
     """
 
     op: str
@@ -138,7 +116,6 @@ class Source:
     scalar: float = 0.0
     weight: str | None = None
     has_statistic: bool = False
-    has_bound: bool = False
 
     @property
     def kernel(self) -> str:
@@ -283,34 +260,36 @@ def _two_launches(
 ) -> None:
     num_blocks = rows * row_blocks
     sms = sm_count(norm_out)
-    grid = next(grid for most, grid in GRIDS if num_blocks <= most * sms)
+    amax_per_sm, flat_per_sm = CTAS_PER_SM_MANY if num_blocks >= LEAST_BLOCKS else CTAS_PER_SM_FEW
+    if source.has_statistic:
+        amax_per_sm = 2  # a row at a time: latency, not room, is what counts
+    most = min(MAX_PARTIALS, amax_per_sm * sms)
     row_division = division.magic(row_blocks)
     factors = norm_out.new_empty((rows if source.has_statistic else 0,), dtype=torch.float32)
     if source.has_statistic:
         threads, blocks = row_shape(source, row_blocks)
-        ctas = _num_partials(2 * sms, math.ceil(rows / (CTA_THREADS // threads)))
+        ctas = _multiple_of_four(min(most, math.ceil(rows / (CTA_THREADS // threads))))
         partials = norm_out.new_empty((ctas,), dtype=torch.float32)
         kernel = cache.kernel(source.kernel, replace(base, threads=threads, blocks=blocks, is_partial=True))
         kernel(*source.tensors, partials, factors, norm_out, rows, ctas, row_blocks, *source.geometry, source.scalar)
     else:
-        ctas = _num_partials(grid.amax_per_sm * sms, math.ceil(num_blocks / grid.amax_threads))
+        ctas = _multiple_of_four(min(most, math.ceil(num_blocks / CTA_THREADS)))
         partials = norm_out.new_empty((ctas,), dtype=torch.float32)
-        is_bounded = source.has_bound and grid.amax_threads == CTA_THREADS
-        kernel = cache.kernel(source.kernel, AmaxConfig(base.dtype, grid.amax_threads, is_bounded))
+        kernel = cache.kernel(source.kernel, AmaxConfig(base.dtype))
         kernel(*source.tensors, partials, num_blocks, ctas, row_blocks, *row_division, *source.geometry, source.scalar)
-    flat_ctas = min(grid.flat_per_sm * sms, math.ceil(num_blocks / grid.flat_threads))
+    flat_ctas = min(flat_per_sm * sms, math.ceil(num_blocks / FLAT_THREADS))
     if base.norm:  # quantise what the first launch wrote
-        kernel = cache.kernel("sm90.quantize_nvfp4", FlatConfig(base.dtype, grid.flat_threads, early=False))
+        kernel = cache.kernel("sm90.quantize_nvfp4", FlatConfig(base.dtype, early=False))
         operand = as_rows(norm_out.view(rows, -1))
         source = replace(source, first=operand, second=operand)
     else:
-        kernel = cache.kernel(source.kernel, FlatConfig(base.dtype, grid.flat_threads, base.weight))
+        kernel = cache.kernel(source.kernel, FlatConfig(base.dtype, base.weight))
     kernel(
         *source.tensors, partials, factors, *flat, num_blocks, ctas, flat_ctas, row_blocks, *row_division,
         *source.geometry, source.scalar, is_pow2,
     )  # fmt: skip
 
 
-def _num_partials(most: int, wanted: int) -> int:
-    """A multiple of four: maxima are read four at a time, and a CTA with nothing to do leaves one too."""
-    return min((min(most, wanted) + 3) // 4 * 4, MAX_PARTIALS)
+def _multiple_of_four(ctas: int) -> int:
+    """Rounds up: maxima are read four at a time, and a CTA with nothing to do leaves one too."""
+    return (ctas + 3) // 4 * 4

@@ -18,5 +18,5 @@ def swiglu_quantize_nvfp4(gate: Tensor, up: Tensor, limit: float, granularity: s
     first, second = as_rows(gate), as_rows(up)
     if not match(first, second):
         first, second = as_rows(gate.contiguous()), as_rows(up.contiguous())
-    source = Source(OP, first, second, MAX_HELD_BLOCKS[gate.dtype], ONE_LAUNCH_COSTLY, limit, has_bound=True)
+    source = Source(OP, first, second, MAX_HELD_BLOCKS[gate.dtype], ONE_LAUNCH_COSTLY, scalar=limit)
     return quantize(source, gate, granularity)

@@ -9,6 +9,7 @@ from dsv4_compile.ops.kernels.sm90 import numerics as nm
 class Tensor:
     """Source: the blocks of one tensor, kept as loaded."""
 
+    has_bound = False
     has_statistic = False
 
     def __init__(self, dtype: str):

@@ -12,8 +12,8 @@ A source is an object with
 - ``load(inputs, row, column)``: the words of one block as loaded;
 - ``prepare(inputs, raw, factor, column)``: from those, the block that is quantised;
 - ``top(raw, at, inputs, largest, known)``: the larger of ``largest`` and the largest finite magnitude of the block
-  whose words start at ``at``, as bits; ``top_bounded`` may stay below while a maximum that the CTA has seen, ``known``
-  in shared memory, is larger, and ``bound(raw, at, inputs, known)`` raises ``known`` before all that, see SwiGlu;
+  whose words start at ``at``, as bits; ``known`` is shared by the CTA, see SwiGlu;
+- ``has_bound``: whether ``bound(raw, at, inputs, known)`` raises ``known`` before all that;
 - ``has_statistic``: whether the whole row determines a factor: ``row_sum(raw, totals)`` adds a block to some fp64
   sums, ``factor(inputs, total)`` makes the factor of their sum, and flat passes read it from memory.
 """
@@ -27,6 +27,7 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from dsv4_compile.ops.dispatch.quantizer import (
     CTA_THREADS,
+    FLAT_THREADS,
     MAX_PARTIALS,
     AmaxConfig,
     FlatConfig,
@@ -286,7 +287,7 @@ def rows_kernel(
 
 
 @cute.jit
-def write_partial(top: Uint32, shared_tops: cute.Tensor, partials: cute.Tensor, warps: cutlass.Constexpr):
+def write_partial(top: Uint32, shared_tops: cute.Tensor, partials: cute.Tensor):
     """The CTA's largest magnitude to its place in the workspace."""
     thread, _, _ = cute.arch.thread_idx()
     cta, _, _ = cute.arch.block_idx()
@@ -296,7 +297,7 @@ def write_partial(top: Uint32, shared_tops: cute.Tensor, partials: cute.Tensor, 
         shared_tops[warp] = top
     cute.arch.sync_threads()
     if thread < 32:
-        top = nm.largest_of_warp(shared_tops[thread % warps])
+        top = nm.largest_of_warp(shared_tops[thread % WARPS])
         if thread == 0:
             nm.store_f32(nm.address_of(partials) + Int64(cta) * 4, nm.from_bits(top))
 
@@ -373,7 +374,7 @@ def rows_amax_kernel(
                     block = row * row_blocks + column
                     bl.store(norm_at + Int64(block) * bytes_of_block, words)
         row += ctas * groups
-    write_partial(largest, shared_tops, partials, WARPS)
+    write_partial(largest, shared_tops, partials)
 
 
 @cute.kernel
@@ -397,7 +398,7 @@ def amax_kernel(
     config: cutlass.Constexpr,
 ):
     smem = cutlass.memory.SmemAllocator()
-    shared_tops = smem.allocate_tensor(Uint32, cute.make_layout(config.threads // 32), 16)
+    shared_tops = smem.allocate_tensor(Uint32, cute.make_layout(WARPS), 16)
     known = smem.allocate_tensor(
         Uint32, cute.make_layout(1), 16
     )  # a lower bound of the maximum, for sources that can use it
@@ -419,9 +420,8 @@ def amax_kernel(
     )
     raw = cute.make_rmem_tensor(config.unroll * source.raw_words, Uint32)
     ahead = cute.make_rmem_tensor(config.unroll * source.raw_words, Uint32)
-    chunk_blocks = config.threads * config.unroll
-    top_of = source.top_bounded if config.is_bounded else source.top
-    raw_words, unroll = source.raw_words, config.unroll
+    chunk_blocks = CTA_THREADS * config.unroll
+    top_of, raw_words, unroll = source.top, source.raw_words, config.unroll
     if thread == 0:
         known[0] = Uint32(AMAX_FLOOR_BITS)
     cute.arch.sync_threads()
@@ -430,19 +430,19 @@ def amax_kernel(
         cute.arch.griddepcontrol_launch_dependents()
     largest = Uint32(AMAX_FLOOR_BITS)
     block = cta * chunk_blocks + thread
-    load_blocks(raw, block, config.threads, num_blocks, multiplier, shift, inputs, source)
-    if cutlass.const_expr(config.is_bounded):
+    load_blocks(raw, block, CTA_THREADS, num_blocks, multiplier, shift, inputs, source)
+    if cutlass.const_expr(source.has_bound):
         for u in cutlass.range_constexpr(unroll):
             source.bound(raw, u * raw_words, inputs, known)
         cute.arch.sync_threads()
     while block - thread < num_blocks:
         block += ctas * chunk_blocks
-        load_blocks(ahead, block, config.threads, num_blocks, multiplier, shift, inputs, source)
+        load_blocks(ahead, block, CTA_THREADS, num_blocks, multiplier, shift, inputs, source)
         for u in cutlass.range_constexpr(unroll):
             largest = top_of(raw, u * raw_words, inputs, largest, known)
         for i in cutlass.range_constexpr(unroll * raw_words):
             raw[i] = ahead[i]
-    write_partial(largest, shared_tops, partials, config.threads // 32)
+    write_partial(largest, shared_tops, partials)
 
 
 @cute.jit
@@ -513,16 +513,16 @@ def flat_kernel(
     )
     raw = cute.make_rmem_tensor(config.unroll * source.raw_words, Uint32)
     ahead = cute.make_rmem_tensor(config.unroll * source.raw_words, Uint32)
-    chunk_blocks = config.threads * config.unroll
+    chunk_blocks = FLAT_THREADS * config.unroll
     block = (cute.ceil_div(num_blocks, chunk_blocks) - 1 - cta) * chunk_blocks + thread
     # Early: whoever wrote these had finished when the amax pass, past its own wait, let this one start.
     if cutlass.const_expr(config.early):
-        load_blocks(raw, block, config.threads, num_blocks, multiplier, shift, inputs, source)
+        load_blocks(raw, block, FLAT_THREADS, num_blocks, multiplier, shift, inputs, source)
     if cutlass.const_expr(config.pdl):
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
     if cutlass.const_expr(not config.early):
-        load_blocks(raw, block, config.threads, num_blocks, multiplier, shift, inputs, source)
+        load_blocks(raw, block, FLAT_THREADS, num_blocks, multiplier, shift, inputs, source)
     lane = cute.arch.lane_idx()
     top = Uint32(0)
     for i in cutlass.range_constexpr(MAX_PARTIALS // 128):
@@ -538,9 +538,9 @@ def flat_kernel(
     prepare, raw_words, kept_dtype = source.prepare, source.raw_words, source.kept_dtype
     has_statistic, unroll = source.has_statistic, config.unroll
     while block >= 0:
-        load_blocks(ahead, block - ctas * chunk_blocks, config.threads, num_blocks, multiplier, shift, inputs, source)
+        load_blocks(ahead, block - ctas * chunk_blocks, FLAT_THREADS, num_blocks, multiplier, shift, inputs, source)
         for u in cutlass.range_constexpr(unroll):
-            number = block + u * config.threads
+            number = block + u * FLAT_THREADS
             if number < num_blocks:
                 factor, column = Float32(1.0), Int32(0)
                 if cutlass.const_expr(has_statistic):
@@ -730,7 +730,7 @@ def build(config, source):
                 config,
             ).launch(
                 grid=(ctas, 1, 1),
-                block=(config.threads, 1, 1),
+                block=(CTA_THREADS, 1, 1),
                 stream=stream,
                 use_pdl=config.pdl,
             )
@@ -778,7 +778,7 @@ def build(config, source):
             first, second, partials, row_factors, codes, scales, global_scale, num_blocks, num_partials, row_blocks,
             multiplier, shift, inner_rows, inner_multiplier, inner_shift,
             first_outer, first_inner, second_outer, second_inner, scalar, is_pow2, source, config,
-        ).launch(grid=(ctas, 1, 1), block=(config.threads, 1, 1), stream=stream, use_pdl=config.pdl)  # fmt: skip
+        ).launch(grid=(ctas, 1, 1), block=(FLAT_THREADS, 1, 1), stream=stream, use_pdl=config.pdl)  # fmt: skip
 
     return launch, (
         *operands, _vector(Float32), _vector(Float32), *_packed(), Int32(1), Int32(1), Int32(1), *division,

@@ -9,6 +9,7 @@ from dsv4_compile.ops.kernels.sm90 import numerics as nm
 class RmsNorm:
     """Source: blocks of x, scaled by the row's factor and the weight, rounded to the dtype of x."""
 
+    has_bound = False
     has_statistic = True
 
     def __init__(self, dtype: str, weight: str | None):

@@ -47,17 +47,7 @@ def raise_bound(
 
 
 @cute.jit
-def exact_top(raw: cute.Tensor, at: cutlass.Constexpr, inputs: cutlass.Constexpr, source: cutlass.Constexpr) -> Uint32:
-    """The largest finite product of a block, as bits."""
-    products = cute.make_rmem_tensor(16, Uint32)
-    values = source.prepare(inputs, [raw[at + i] for i in range(source.raw_words)], None, None)
-    for i in cutlass.range_constexpr(16):
-        products[i] = values[i]
-    return blocks.finite_amax(products, 0, "float32")
-
-
-@cute.jit
-def bounded_top(
+def top_of_products(
     raw: cute.Tensor,
     at: cutlass.Constexpr,
     inputs: cutlass.Constexpr,
@@ -72,8 +62,13 @@ def bounded_top(
     """
     seen = nm.larger_u32(largest, known[0])
     bound = nm.larger_or_nan(nm.multiply(_amax_about(raw, at, inputs, source), 1.0 + 2.0**-10), nm.from_bits(seen))
+    prepare, words = source.prepare, [raw[at + i] for i in range(source.raw_words)]
     if nm.bits(bound) != seen:
-        largest = nm.larger_u32(largest, exact_top(raw, at, inputs, source))
+        products = cute.make_rmem_tensor(16, Uint32)
+        values = prepare(inputs, words, None, None)
+        for i in cutlass.range_constexpr(16):
+            products[i] = values[i]
+        largest = nm.larger_u32(largest, blocks.finite_amax(products, 0, "float32"))
         nm.raise_shared(known.iterator.toint(), largest)
     return largest
 
@@ -81,6 +76,7 @@ def bounded_top(
 class SwiGlu:
     """Source: blocks of gate and up, from which a block of fp32 products is made."""
 
+    has_bound = True
     has_statistic = False
     kept_dtype = "float32"
 
@@ -106,10 +102,7 @@ class SwiGlu:
         raise_bound(raw, at, inputs, known, self)
 
     def top(self, raw, at, inputs, largest, known):
-        return nm.larger_u32(largest, exact_top(raw, at, inputs, self))
-
-    def top_bounded(self, raw, at, inputs, largest, known):
-        return bounded_top(raw, at, inputs, largest, known, self)
+        return top_of_products(raw, at, inputs, largest, known, self)
 
 
 def build(config):
