@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -172,6 +173,11 @@ def warm(
     )
 
 
+def _leave_it_to_the_bar() -> None:
+    """In a compiling process: no line of its own for each kernel, which would tear the progress bar."""
+    logging.getLogger("dsv4_compile").setLevel(logging.ERROR)
+
+
 def compile_all(kernels: Sequence[Kernel], jobs: int, console: Console) -> None:
     """Compiles kernels into the cache in ``jobs`` processes, with a progress bar."""
     columns = (
@@ -190,7 +196,8 @@ def compile_all(kernels: Sequence[Kernel], jobs: int, console: Console) -> None:
                 progress.advance(task)
             return
         # Spawned, not forked: torch and the DSL hold threads.
-        with ProcessPoolExecutor(min(jobs, len(kernels)), multiprocessing.get_context("spawn")) as pool:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(jobs, len(kernels)), context, initializer=_leave_it_to_the_bar) as pool:
             futures = {pool.submit(cache.ensure, *kernel): kernel for kernel in kernels}
             for future in as_completed(futures):
                 future.result()

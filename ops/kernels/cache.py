@@ -1,11 +1,12 @@
 """The kernel cache: a callable from memory, else from a shared object on disk, else compiled and stored.
 
-An entry is one file, ``<name>-<key>-dsl<version>.so``: a TVM-FFI shared object followed by the SHA-256 of what precedes
-it. The key covers the sources of the kernel and of the kernel modules that it imports, its configuration and the
-architecture. Where the DSL is installed its version must match too; a machine without it takes any version. Beside
-the entries lies ``libcute_dsl_runtime.so``, so that the folder can be copied to a machine with neither cutlass nor a
-compiler. Entries are written to a temporary file and renamed, one process a key at a time; one that is damaged is
-rebuilt, or named in an error where there is no compiler; the least recently used go when the folder exceeds its limit.
+An entry is one file, ``<name>-<key>-dsl<version>.so``: a TVM-FFI shared object followed by the SHA-256 of what
+precedes it. The key covers the sources of the kernel and of the kernel and dispatch modules that it imports, its
+configuration and the architecture. Where the DSL is installed its version must match too; a machine without it takes
+any version. Beside the entries lies ``libcute_dsl_runtime.so``, so that the folder can be copied to a machine with
+neither cutlass nor a compiler. Entries are written to a temporary file and renamed, one process a key at a time; one
+that is damaged is rebuilt, or named in an error where there is no compiler; the least recently used go when the
+folder exceeds its limit.
 
     DSV4_CACHE_DIR        the folder; default ``$XDG_CACHE_HOME/dsv4_compile/kernels`` (``~/.cache`` without it)
     DSV4_CACHE_MAX_BYTES  its limit for entries; default 1 GiB
@@ -42,6 +43,8 @@ from dsv4_compile.ops.kernels.compilation import (
 log = logging.getLogger("dsv4_compile")
 
 FORMAT_VERSION = 1
+DISPATCH_PACKAGE = "dsv4_compile.ops.dispatch"  # configurations, and constants that a kernel and its launch share
+HOST_MODULES = ("cache", "compilation", "device")  # of this package: nothing of theirs is compiled into a kernel
 RUNTIME_NAME = "libcute_dsl_runtime.so"
 DEFAULT_MAX_BYTES = 1 << 30
 DIGEST_BYTES = 32
@@ -154,7 +157,7 @@ def _key(name: str, config: Any) -> str:
 
 @functools.cache
 def _sources_digest(module: str) -> str:
-    """Digest over the sources of a kernel module and the modules below this package that it imports."""
+    """Digest over the sources of a kernel module and of the kernel and dispatch modules that it imports."""
     digest = hashlib.sha256()
     for source in _sources(module, {}).values():
         digest.update(source)
@@ -162,7 +165,8 @@ def _sources_digest(module: str) -> str:
 
 
 def _sources(module: str, seen: dict[str, bytes]) -> dict[str, bytes]:
-    if module in seen or not module.startswith(f"{PACKAGE}."):
+    is_kernel = module.startswith(f"{PACKAGE}.") and module.removeprefix(f"{PACKAGE}.") not in HOST_MODULES
+    if module in seen or not (is_kernel or module.startswith(f"{DISPATCH_PACKAGE}.")):
         return seen
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
@@ -173,7 +177,10 @@ def _sources(module: str, seen: dict[str, bytes]) -> dict[str, bytes]:
             _sources(node.module, seen)
             for alias in node.names:
                 submodule = f"{node.module}.{alias.name}"
-                if node.module.startswith(PACKAGE) and importlib.util.find_spec(node.module).submodule_search_locations:  # type: ignore[union-attr]
+                if (
+                    node.module.startswith((PACKAGE, DISPATCH_PACKAGE))
+                    and importlib.util.find_spec(node.module).submodule_search_locations
+                ):  # type: ignore[union-attr]
                     _sources(submodule, seen)
         elif isinstance(node, ast.Import):
             for alias in node.names:

@@ -72,19 +72,24 @@ def test_compiles_once(compiler: Compiler, folder: Path) -> None:
 
 def test_key_covers_the_sources(compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a stale kernel after an edit of its file or of one that it imports, and only then."""
-    package = tmp_path / "some_kernels"
+    package, dispatch = tmp_path / "some_kernels", tmp_path / "some_dispatch"
+    dispatch.mkdir()
+    (dispatch / "__init__.py").write_text("")
+    (dispatch / "example.py").write_text("from some_kernels import cache\nTHREADS = 256")
     for file, text in {
         "__init__.py": "",
         "sm90/__init__.py": "",
-        "sm90/example.py": "from some_kernels.sm90 import shared\nimport missing_module",
+        "sm90/example.py": "from some_kernels.sm90 import shared\nfrom some_dispatch import example\nimport missing_module",
         "sm90/shared.py": "from some_kernels.sm90.deeper import x",
         "sm90/deeper.py": "x = 1",
         "sm90/other.py": "",
+        "cache.py": "",
     }.items():
         (package / file).parent.mkdir(parents=True, exist_ok=True)
         (package / file).write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(cache, "PACKAGE", "some_kernels")
+    monkeypatch.setattr(cache, "DISPATCH_PACKAGE", "some_dispatch")
 
     def entry() -> Path:
         importlib.invalidate_caches()
@@ -92,13 +97,14 @@ def test_key_covers_the_sources(compiler: Compiler, tmp_path: Path, monkeypatch:
         return cache.ensure(NAME, Config(1))
 
     seen = [entry()]
-    (package / "sm90/other.py").write_text("changed = True")
+    for unrelated in ("sm90/other.py", "cache.py"):
+        (package / unrelated).write_text("changed = True")
     assert entry() == seen[0]
-    for file in ("example", "shared", "deeper"):
-        with open(package / "sm90" / f"{file}.py", "a") as source:
+    for file in ("sm90/example", "sm90/shared", "sm90/deeper", "../some_dispatch/example"):
+        with open(package / f"{file}.py", "a") as source:
             source.write("\n# edited")
         seen.append(entry())
-    assert len(set(seen)) == 4
+    assert len(set(seen)) == 5
     cache._sources_digest.cache_clear()
     assert "missing_module" not in sys.modules
 
