@@ -1,7 +1,8 @@
 """Times packed-weight products against cuBLAS bf16 in the same run, with the share of the measured roofline.
 
-Columns: ``cublas`` bf16 x bf16; ``w4a16`` is ``nvfp4_weight_mm``; ``w4a4`` is ``nvfp4_mm`` of a quantised activation, with
-its expansion; ``quack`` and ``humming`` are in :data:`RIVALS` where they are installed, else empty.
+Columns: ``cublas`` bf16 x bf16; ``w4a16`` is ``nvfp4_weight_mm``; ``w4a4`` is ``nvfp4_mm`` of a quantised activation,
+its expansion included; ``quack`` and ``humming`` where :data:`RIVALS` has them, else empty. Has not run as a whole yet:
+the figures of docs/measured.md come from the same harness, variant by variant.
 
     python benchmarks/bench_nvfp4_mm.py [--tokens 1 16 64] [--replays 20]
 """
