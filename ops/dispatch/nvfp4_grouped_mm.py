@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4_compile.ops.dispatch import decode_mm
+from dsv4_compile.ops.dispatch import decode_mm, fresh_weights
 from dsv4_compile.ops.dispatch.expand import expand
 from dsv4_compile.ops.dispatch.expand_groups import expand_groups
 from dsv4_compile.ops.dispatch.grouped_unaligned import grouped_unaligned
@@ -35,6 +35,7 @@ def run(
     k, groups = 2 * a_codes.shape[-1], b_codes.shape[0]
     if k * groups == 0:
         return out.zero_()
+    fresh_weights.settle(b_codes, b_block_scales, b_global_scale)
     flat = out.view(-1, out.shape[-1])
     rows = flat.shape[0]
     row_scale = a_global_scale.reshape(-1).contiguous()

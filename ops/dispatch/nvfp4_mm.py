@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv4_compile import nvfp4
-from dsv4_compile.ops.dispatch import decode_mm
+from dsv4_compile.ops.dispatch import decode_mm, fresh_weights
 from dsv4_compile.ops.dispatch.expand import expand
 from dsv4_compile.ops.dispatch.wgmma_choice import config_of, plan
 from dsv4_compile.ops.dispatch.wgmma_w4 import OUT_DTYPE_NAMES, STAGE_K, is_mappable, launch_dense
@@ -38,6 +38,7 @@ def run_packed(
     row_scale = a_global_scale.reshape(-1).contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     weights = _weights(b_codes, b_block_scales, b_global_scales)
+    fresh_weights.settle(*(part for weight in weights for part in weight))
     if not _decode(x, x_scales, row_scale, weights, bias, out.view(rows, -1)):
         _multiply(expand(x, x_scales), row_scale, weights, bias, out.view(rows, -1))
     return out
@@ -59,6 +60,7 @@ def run_bf16(
     x = x.reshape(rows, x.shape[-1])
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     weights = _weights(b_codes, b_block_scales, b_global_scales)
+    fresh_weights.settle(*(part for weight in weights for part in weight))
     if not _decode(x, None, None, weights, bias, out.view(rows, -1)):
         _multiply(x, None, weights, bias, out.view(rows, -1))
     return out

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv4_compile import nvfp4
-from dsv4_compile.ops.dispatch import division
+from dsv4_compile.ops.dispatch import division, fresh_weights
 from dsv4_compile.ops.kernels import cache
 from dsv4_compile.ops.kernels.device import require_hopper, sm_count
 from dsv4_compile.ops.registration import allocate_packed
@@ -226,8 +226,9 @@ def quantize(source: Source, x: Tensor, granularity: str, norm: Tensor | None = 
     if config is not None:
         kernel = cache.kernel(source.kernel, config)
         kernel(*source.tensors, *flat, norm_out, rows, row_blocks, *source.geometry, source.scalar, is_pow2)
-        return packed
-    _two_launches(source, base, flat, norm_out, rows, row_blocks, is_pow2)
+    else:
+        _two_launches(source, base, flat, norm_out, rows, row_blocks, is_pow2)
+    fresh_weights.wrote(*packed)
     return packed
 
 
