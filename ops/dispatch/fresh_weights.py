@@ -1,8 +1,9 @@
 """Weights that a quantiser wrote in the launch before: products read weights earlier than everything else.
 
-With programmatic dependent launch a kernel may start before the one in front of it has stored its results. Activations
-are read after ``griddepcontrol.wait``; weights before it, as constants. So a product whose weight comes from a quantiser
-of this package in the very launch before has to be kept behind it, by an ordinary launch between the two.
+With programmatic dependent launch a kernel may start before the one in front of it has stored its results.
+Activations are read after ``griddepcontrol.wait``; weights before it, as constants. So a product whose weight comes
+from a quantiser of this package in the very launch before has to be kept behind it, by an ordinary launch between
+the two.
 """
 
 from __future__ import annotations
