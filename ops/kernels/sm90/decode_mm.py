@@ -47,7 +47,6 @@ from dsv4_compile.ops.kernels.sm90.instructions import (
     store_shared_f32,
     store_shared_v4,
 )
-from dsv4_compile.ops.kernels.sm90.swiglu_quantize_nvfp4 import silu
 
 CODE_BYTES = STEP_K // 2  # of a row's step
 SCALE_BYTES = STEP_K // 16
@@ -611,8 +610,7 @@ class DecodeMM:
                 scale = self.scale_of_row(row_scale, first_row_scale, first_row + token)
                 gate = multiply_f32(self.total(reduction, token, local), multiply_f32(scale, gate_scale))
                 up = multiply_f32(self.total(reduction, token, self.part_rows + local), multiply_f32(scale, up_scale))
-                up = numerics.smaller_or_nan(numerics.larger_or_nan(up, numerics.negate(limit)), limit)
-                value = multiply_f32(silu(numerics.smaller_or_nan(gate, limit)), up)
+                value = numerics.swiglu(gate, up, limit)
                 if cutlass.const_expr(self.config.has_row_weight):
                     value = multiply_f32(value, load_global_f32(routing[2].iterator.toint() + (first_row + token) * 4))
                 rounded = value.to(dtype)

@@ -23,15 +23,6 @@ def decode_row(codes, block_scales, row, block, member):
     return nm.decode_e2m1x8(word, nm.scale_factor(Uint32(block_scales[row, block])))[:2]
 
 
-@cute.jit
-def silu(x: Float32) -> Float32:
-    """:func:`nvfp4.silu`."""
-    result = nm.divide(x, nm.add(1.0, nm.exponential(-x)))
-    if x < -nm.EXP_LIMIT:
-        result = nm.multiply(x, 0.0)
-    return result
-
-
 @cute.kernel
 def grouped_kernel(
     x: cute.Tensor,
@@ -89,8 +80,7 @@ def grouped_kernel(
                     if cutlass.const_expr(config.is_swiglu):
                         gate = nm.multiply(sums[i, 0], nm.multiply(scale, global_scales[expert, 0]))
                         up = nm.multiply(sums[i, 1], nm.multiply(scale, global_scales[expert, segments - 1]))
-                        up = nm.larger_or_nan(nm.smaller_or_nan(up, limit), -limit)
-                        value = nm.multiply(silu(nm.smaller_or_nan(gate, limit)), up)
+                        value = nm.swiglu(gate, up, limit)
                         if cutlass.const_expr(config.has_row_weight):
                             value = nm.multiply(value, row_weight[row])
                     else:

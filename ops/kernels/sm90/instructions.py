@@ -5,27 +5,10 @@ declared so, which lets the compiler schedule and merge them.
 """
 
 from cutlass import Float32, Int32, Int64
-from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
-
-def _asm(result, operands, text, constraints, side_effects, loc, ip):
-    return llvm.inline_asm(
-        result,
-        operands,
-        text,
-        constraints,
-        has_side_effects=side_effects,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-        loc=loc,
-        ip=ip,
-    )
-
-
-def _struct(element, count):
-    return ir.Type.parse(f"!llvm.struct<({', '.join([element] * count)})>")
+from dsv4_compile.ops.kernels.sm90.inline_asm import asm, struct_of
 
 
 def _i32(values, loc, ip):
@@ -35,14 +18,14 @@ def _i32(values, loc, ip):
 @dsl_user_op
 def load_shared_v4(address, *, loc=None, ip=None):
     """Four 32-bit words from a 16-byte aligned shared address."""
-    words = _asm(
-        _struct("i32", 4),
+    words = asm(
+        struct_of("i32", 4),
         _i32([address], loc, ip),
         "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
         "=r,=r,=r,=r,r",
-        True,
         loc,
         ip,
+        True,
     )
     return tuple(Int32(llvm.extractvalue(T.i32(), words, [i], loc=loc, ip=ip)) for i in range(4))
 
@@ -51,47 +34,47 @@ def load_shared_v4(address, *, loc=None, ip=None):
 def load_shared_u16(address, *, loc=None, ip=None):
     """Two bytes from an even shared address, zero-extended."""
     text = "{ .reg .b16 h; ld.shared.b16 h, [$1]; cvt.u32.u16 $0, h; }"
-    return Int32(_asm(T.i32(), _i32([address], loc, ip), text, "=r,r", True, loc, ip))
+    return Int32(asm(T.i32(), _i32([address], loc, ip), text, "=r,r", loc, ip, True))
 
 
 @dsl_user_op
 def load_shared_f32(address, *, loc=None, ip=None):
     """One fp32 from a shared address."""
-    return Float32(_asm(T.f32(), _i32([address], loc, ip), "ld.shared.f32 $0, [$1];", "=f,r", True, loc, ip))
+    return Float32(asm(T.f32(), _i32([address], loc, ip), "ld.shared.f32 $0, [$1];", "=f,r", loc, ip, True))
 
 
 @dsl_user_op
 def load_cluster_f32(address, rank, *, loc=None, ip=None):
     """One fp32 from the shared memory of another CTA of the cluster, at the address it has there."""
     text = "{ .reg .b32 a; mapa.shared::cluster.u32 a, $1, $2; ld.shared::cluster.f32 $0, [a]; }"
-    return Float32(_asm(T.f32(), _i32([address, rank], loc, ip), text, "=f,r,r", True, loc, ip))
+    return Float32(asm(T.f32(), _i32([address, rank], loc, ip), text, "=f,r,r", loc, ip, True))
 
 
 @dsl_user_op
 def store_shared_v4(address, w0, w1, w2, w3, *, loc=None, ip=None):
     """Four 32-bit words to a 16-byte aligned shared address."""
     operands = _i32([address, w0, w1, w2, w3], loc, ip)
-    _asm(None, operands, "st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", True, loc, ip)
+    asm(None, operands, "st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", loc, ip, True)
 
 
 @dsl_user_op
 def store_shared_f32(address, value, *, loc=None, ip=None):
     """One fp32 to a shared address."""
     operands = [Int32(address).ir_value(loc=loc, ip=ip), Float32(value).ir_value(loc=loc, ip=ip)]
-    _asm(None, operands, "st.shared.f32 [$0], $1;", "r,f", True, loc, ip)
+    asm(None, operands, "st.shared.f32 [$0], $1;", "r,f", loc, ip, True)
 
 
 @dsl_user_op
 def load_global_v4(address, *, loc=None, ip=None):
     """Four 32-bit words from a 16-byte aligned global address, through the L2 only: another kernel just wrote them."""
-    words = _asm(
-        _struct("i32", 4),
+    words = asm(
+        struct_of("i32", 4),
         [Int64(address).ir_value(loc=loc, ip=ip)],
         "ld.global.cg.v4.b32 {$0, $1, $2, $3}, [$4];",
         "=r,=r,=r,=r,l",
-        True,
         loc,
         ip,
+        True,
     )
     return tuple(Int32(llvm.extractvalue(T.i32(), words, [i], loc=loc, ip=ip)) for i in range(4))
 
@@ -100,60 +83,60 @@ def load_global_v4(address, *, loc=None, ip=None):
 def load_global_u16(address, *, loc=None, ip=None):
     """Two bytes from an even global address through the L2, zero-extended."""
     text = "{ .reg .b16 h; ld.global.cg.b16 h, [$1]; cvt.u32.u16 $0, h; }"
-    return Int32(_asm(T.i32(), [Int64(address).ir_value(loc=loc, ip=ip)], text, "=r,l", True, loc, ip))
+    return Int32(asm(T.i32(), [Int64(address).ir_value(loc=loc, ip=ip)], text, "=r,l", loc, ip, True))
 
 
 @dsl_user_op
 def load_global_i32(address, *, loc=None, ip=None):
     """One int32 from a global address through the L2."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip)]
-    return Int32(_asm(T.i32(), operands, "ld.global.cg.b32 $0, [$1];", "=r,l", True, loc, ip))
+    return Int32(asm(T.i32(), operands, "ld.global.cg.b32 $0, [$1];", "=r,l", loc, ip, True))
 
 
 @dsl_user_op
 def load_global_f32(address, *, loc=None, ip=None):
     """One fp32 from a global address through the L2."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip)]
-    return Float32(_asm(T.f32(), operands, "ld.global.cg.f32 $0, [$1];", "=f,l", True, loc, ip))
+    return Float32(asm(T.f32(), operands, "ld.global.cg.f32 $0, [$1];", "=f,l", loc, ip, True))
 
 
 @dsl_user_op
 def store_global_f32(address, value, *, loc=None, ip=None):
     """One fp32 to a global address."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip), Float32(value).ir_value(loc=loc, ip=ip)]
-    _asm(None, operands, "st.global.f32 [$0], $1;", "l,f", True, loc, ip)
+    asm(None, operands, "st.global.f32 [$0], $1;", "l,f", loc, ip, True)
 
 
 @dsl_user_op
 def multiply_pair(a, b, dtype, *, loc=None, ip=None):
     """Two products of ``dtype`` (``f16`` or ``bf16``), each rounded to nearest even; subnormals are kept."""
-    return Int32(_asm(T.i32(), _i32([a, b], loc, ip), f"mul.rn.{dtype}x2 $0, $1, $2;", "=r,r,r", False, loc, ip))
+    return Int32(asm(T.i32(), _i32([a, b], loc, ip), f"mul.rn.{dtype}x2 $0, $1, $2;", "=r,r,r", loc, ip))
 
 
 @dsl_user_op
 def permute(a, b, selector, *, loc=None, ip=None):
     """Four bytes picked from the eight of (b, a)."""
-    return Int32(_asm(T.i32(), _i32([a, b, selector], loc, ip), "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", False, loc, ip))
+    return Int32(asm(T.i32(), _i32([a, b, selector], loc, ip), "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", loc, ip))
 
 
 @dsl_user_op
 def shift_right(a, bits, *, loc=None, ip=None):
     """Logical shift of a 32-bit word."""
-    return Int32(_asm(T.i32(), _i32([a, bits], loc, ip), "shr.u32 $0, $1, $2;", "=r,r,r", False, loc, ip))
+    return Int32(asm(T.i32(), _i32([a, bits], loc, ip), "shr.u32 $0, $1, $2;", "=r,r,r", loc, ip))
 
 
 @dsl_user_op
 def multiply_f32(a, b, *, loc=None, ip=None):
     """fp32 product, rounded to nearest even and never contracted."""
     operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b)]
-    return Float32(_asm(T.f32(), operands, "mul.rn.f32 $0, $1, $2;", "=f,f,f", False, loc, ip))
+    return Float32(asm(T.f32(), operands, "mul.rn.f32 $0, $1, $2;", "=f,f,f", loc, ip))
 
 
 @dsl_user_op
 def add_f32(a, b, *, loc=None, ip=None):
     """fp32 sum, rounded to nearest even and never contracted."""
     operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b)]
-    return Float32(_asm(T.f32(), operands, "add.rn.f32 $0, $1, $2;", "=f,f,f", False, loc, ip))
+    return Float32(asm(T.f32(), operands, "add.rn.f32 $0, $1, $2;", "=f,f,f", loc, ip))
 
 
 @dsl_user_op
@@ -164,7 +147,7 @@ def mma(c, a, b, dtype, *, loc=None, ip=None):
         f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32 "
         "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
     )
-    sums = _asm(_struct("f32", 4), operands, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", False, loc, ip)
+    sums = asm(struct_of("f32", 4), operands, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", loc, ip)
     return tuple(Float32(llvm.extractvalue(T.f32(), sums, [i], loc=loc, ip=ip)) for i in range(4))
 
 
@@ -172,7 +155,7 @@ def mma(c, a, b, dtype, *, loc=None, ip=None):
 def convert_two_e4m3(word, *, loc=None, ip=None):
     """The e4m3 bytes 0 and 1 of a word to f16x2, exactly."""
     text = "{ .reg .b16 h; cvt.u16.u32 h, $1; cvt.rn.f16x2.e4m3x2 $0, h; }"
-    return Int32(_asm(T.i32(), _i32([word], loc, ip), text, "=r,r", False, loc, ip))
+    return Int32(asm(T.i32(), _i32([word], loc, ip), text, "=r,r", loc, ip))
 
 
 # Powers of two that decoded values lack, per decoded operand: q * s comes out as q * s * 2^-EXPONENT.

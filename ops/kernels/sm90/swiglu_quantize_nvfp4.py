@@ -7,12 +7,6 @@ from dsv4_compile.ops.kernels.sm90 import blocks, quantizer
 from dsv4_compile.ops.kernels.sm90 import numerics as nm
 
 
-def silu(x):
-    """:func:`nvfp4.silu`: ``x / (1 + exp(-x))``, ``x * 0`` below -87."""
-    quotient = nm.divide(x, nm.add(nm.exponential(nm.negate(x)), 1.0))
-    return nm.select(x < -nm.EXP_LIMIT, nm.multiply(x, 0.0), quotient)
-
-
 def _silu_about(x):
     """silu(x) within a relative error of 2^-14; what underflows, and below -87, is 0."""
     e = nm.exp2_about(nm.multiply(x, -nm.LOG2_E))
@@ -28,7 +22,7 @@ def _amax_about(raw, at, inputs, source):
     for gate, up in zip(
         blocks.unpack(words[:half], source.dtype), blocks.unpack(words[half:], source.dtype), strict=True
     ):
-        clamped = nm.smaller_or_nan(nm.larger_or_nan(up, nm.negate(limit)), limit)
+        clamped = nm.clamp(up, limit)
         product = nm.multiply(_silu_about(nm.smaller_or_nan(gate, limit)), clamped)
         about = nm.larger_or_nan(about, nm.absolute(product))
     return about
@@ -94,8 +88,7 @@ class SwiGlu:
         limit = inputs.scalar
         products = []
         for gate, up in zip(blocks.unpack(raw[:half], self.dtype), blocks.unpack(raw[half:], self.dtype), strict=True):
-            clamped = nm.smaller_or_nan(nm.larger_or_nan(up, nm.negate(limit)), limit)
-            products.append(nm.bits(nm.multiply(silu(nm.smaller_or_nan(gate, limit)), clamped)))
+            products.append(nm.bits(nm.swiglu(gate, up, limit)))
         return products
 
     def bound(self, raw, at, inputs, known):

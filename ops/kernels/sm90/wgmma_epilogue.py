@@ -5,6 +5,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
 from dsv4_compile.ops.kernels.sm90 import numerics
+from dsv4_compile.ops.kernels.sm90.instructions import load_shared_v4
 from dsv4_compile.ops.kernels.sm90.numerics import add, multiply
 from dsv4_compile.ops.kernels.sm90.wgmma_instructions import (
     arrive_cluster,
@@ -12,7 +13,6 @@ from dsv4_compile.ops.kernels.sm90.wgmma_instructions import (
     load_global_f32,
     load_shared_f32,
     load_shared_f32x2,
-    load_shared_v4,
     map_to_cluster,
     store_global_words,
     store_matrices_transposed,
@@ -158,7 +158,7 @@ class Epilogue:
                 if cutlass.const_expr(config.has_bias):
                     c = [add(c[i], low_bias if i < 2 else high_bias) for i in range(4)]
                 if cutlass.const_expr(self.is_swiglu):
-                    c = [self.swiglu(c[i], c[i + 2], limit) for i in range(2)]
+                    c = [numerics.swiglu(c[i], c[i + 2], limit) for i in range(2)]
                     if cutlass.const_expr(config.has_row_weight):
                         last = Int32(row_weight.shape[0]) - 1
                         c = [multiply(c[i], row_weight[cutlass.min(first + token + i, last)]) for i in range(2)]
@@ -251,18 +251,6 @@ class Epilogue:
             if magnitude < INFINITY and token + i < count and is_inside:
                 largest = numerics.larger(largest, magnitude)
         return largest
-
-    @cute.jit
-    def swiglu(self, gate, up, limit):
-        """:func:`nvfp4.swiglu` of fp32 values."""
-        gate = numerics.smaller_or_nan(gate, limit)
-        up = numerics.smaller_or_nan(numerics.larger_or_nan(up, numerics.negate(limit)), limit)
-        return multiply(self.silu(gate), up)
-
-    def silu(self, x):
-        """:func:`nvfp4.silu`: ``x / (1 + exp(-x))``, ``x * 0`` below -87."""
-        quotient = numerics.divide(x, add(1.0, numerics.exponential(numerics.negate(x))))
-        return numerics.select(x < -numerics.EXP_LIMIT, multiply(x, 0.0), quotient)
 
     @cute.jit
     def store_amax(self, largest, partial_amax, base, offset: cutlass.Constexpr, k_group, thread, warp):

@@ -1,23 +1,10 @@
 """Instructions of the wgmma kernels: single bytes and words of shared memory, stmatrix, the decoding of one byte."""
 
 from cutlass import Float32, Int32, Int64
-from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
-
-def _asm(result, operands, text, constraints, side_effects, loc, ip):
-    return llvm.inline_asm(
-        result,
-        operands,
-        text,
-        constraints,
-        has_side_effects=side_effects,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-        loc=loc,
-        ip=ip,
-    )
+from dsv4_compile.ops.kernels.sm90.inline_asm import asm, struct_of
 
 
 def _i32(values, loc, ip):
@@ -28,72 +15,57 @@ def _i32(values, loc, ip):
 def load_shared_byte(address, offset, *, loc=None, ip=None):
     """The byte at a shared address plus a constant, zero-extended."""
     text = f"ld.shared.u8 $0, [$1+{offset}];"
-    return Int32(_asm(T.i32(), _i32([address], loc, ip), text, "=r,r", True, loc, ip))
+    return Int32(asm(T.i32(), _i32([address], loc, ip), text, "=r,r", loc, ip, True))
 
 
 @dsl_user_op
 def load_shared_word(address, offset, *, loc=None, ip=None):
     """The word at a shared address plus a constant."""
     text = f"ld.shared.b32 $0, [$1+{offset}];"
-    return Int32(_asm(T.i32(), _i32([address], loc, ip), text, "=r,r", True, loc, ip))
+    return Int32(asm(T.i32(), _i32([address], loc, ip), text, "=r,r", loc, ip, True))
 
 
 @dsl_user_op
 def load_shared_f32(address, offset, *, loc=None, ip=None):
     """The fp32 at a shared address plus a constant."""
     text = f"ld.shared.f32 $0, [$1+{offset}];"
-    return Float32(_asm(T.f32(), _i32([address], loc, ip), text, "=f,r", True, loc, ip))
+    return Float32(asm(T.f32(), _i32([address], loc, ip), text, "=f,r", loc, ip, True))
 
 
 @dsl_user_op
 def load_shared_f32x2(address, offset, *, loc=None, ip=None):
     """Two fp32 at an 8-byte aligned shared address plus a constant."""
-    pair = _asm(
-        ir.Type.parse("!llvm.struct<(f32, f32)>"),
+    pair = asm(
+        struct_of("f32", 2),
         _i32([address], loc, ip),
         f"ld.shared.v2.f32 {{$0, $1}}, [$2+{offset}];",
         "=f,=f,r",
-        True,
         loc,
         ip,
+        True,
     )
     return tuple(Float32(llvm.extractvalue(T.f32(), pair, [i], loc=loc, ip=ip)) for i in range(2))
-
-
-@dsl_user_op
-def load_shared_v4(address, *, loc=None, ip=None):
-    """Four words from a 16-byte aligned shared address."""
-    words = _asm(
-        ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>"),
-        _i32([address], loc, ip),
-        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
-        "=r,=r,=r,=r,r",
-        True,
-        loc,
-        ip,
-    )
-    return tuple(Int32(llvm.extractvalue(T.i32(), words, [i], loc=loc, ip=ip)) for i in range(4))
 
 
 @dsl_user_op
 def map_to_cluster(address, rank, *, loc=None, ip=None):
     """The address of a shared address in another CTA of the cluster."""
     return Int32(
-        _asm(T.i32(), _i32([address, rank], loc, ip), "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", False, loc, ip)
+        asm(T.i32(), _i32([address, rank], loc, ip), "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", loc, ip)
     )
 
 
 @dsl_user_op
 def load_cluster_f32x4(address, *, loc=None, ip=None):
     """Four fp32 from a 16-byte aligned address that :func:`map_to_cluster` made."""
-    values = _asm(
-        ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>"),
+    values = asm(
+        struct_of("f32", 4),
         _i32([address], loc, ip),
         "ld.shared::cluster.v4.f32 {$0, $1, $2, $3}, [$4];",
         "=f,=f,=f,=f,r",
-        True,
         loc,
         ip,
+        True,
     )
     return tuple(Float32(llvm.extractvalue(T.f32(), values, [i], loc=loc, ip=ip)) for i in range(4))
 
@@ -105,7 +77,7 @@ def wait_cluster(barrier, phase, *, loc=None, ip=None):
         "{ .reg .pred p; RETRY: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$0], $1; @p bra DONE; "
         "bra RETRY; DONE: }"
     )
-    _asm(None, _i32([barrier, phase], loc, ip), text, "r,r,~{memory}", True, loc, ip)
+    asm(None, _i32([barrier, phase], loc, ip), text, "r,r,~{memory}", loc, ip, True)
 
 
 @dsl_user_op
@@ -115,14 +87,14 @@ def arrive_cluster(barrier, rank, *, loc=None, ip=None):
         "{ .reg .b32 a; mapa.shared::cluster.u32 a, $0, $1; "
         "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [a]; }"
     )
-    _asm(None, _i32([barrier, rank], loc, ip), text, "r,r,~{memory}", True, loc, ip)
+    asm(None, _i32([barrier, rank], loc, ip), text, "r,r,~{memory}", loc, ip, True)
 
 
 @dsl_user_op
 def store_shared_f32(address, offset, value, *, loc=None, ip=None):
     """One fp32 to a shared address plus a constant."""
     operands = [Int32(address).ir_value(loc=loc, ip=ip), Float32(value).ir_value(loc=loc, ip=ip)]
-    _asm(None, operands, f"st.shared.f32 [$0+{offset}], $1;", "r,f", True, loc, ip)
+    asm(None, operands, f"st.shared.f32 [$0+{offset}], $1;", "r,f", loc, ip, True)
 
 
 @dsl_user_op
@@ -131,21 +103,21 @@ def store_matrices_transposed(address, registers, *, loc=None, ip=None):
     count = len(registers)
     listed = ", ".join(f"${i + 1}" for i in range(count))
     text = f"stmatrix.sync.aligned.m8n8.x{count}.trans.shared.b16 [$0], {{{listed}}};"
-    _asm(None, _i32([address, *registers], loc, ip), text, "r" + ",r" * count, True, loc, ip)
+    asm(None, _i32([address, *registers], loc, ip), text, "r" + ",r" * count, loc, ip, True)
 
 
 @dsl_user_op
 def load_global_i32(address, *, loc=None, ip=None):
     """One int32 from a global address."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip)]
-    return Int32(_asm(T.i32(), operands, "ld.global.b32 $0, [$1];", "=r,l", True, loc, ip))
+    return Int32(asm(T.i32(), operands, "ld.global.b32 $0, [$1];", "=r,l", loc, ip, True))
 
 
 @dsl_user_op
 def load_global_f32(address, *, loc=None, ip=None):
     """One fp32 from a global address."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip)]
-    return Float32(_asm(T.f32(), operands, "ld.global.f32 $0, [$1];", "=f,l", True, loc, ip))
+    return Float32(asm(T.f32(), operands, "ld.global.f32 $0, [$1];", "=f,l", loc, ip, True))
 
 
 @dsl_user_op
@@ -156,19 +128,19 @@ def store_global_words(address, words, *, loc=None, ip=None):
     registers = ", ".join(f"${i + 1}" for i in range(count))
     vector = "" if count == 1 else f".v{count}"
     target = registers if count == 1 else f"{{{registers}}}"
-    _asm(None, operands, f"st.global{vector}.b32 [$0], {target};", "l" + ",r" * count, True, loc, ip)
+    asm(None, operands, f"st.global{vector}.b32 [$0], {target};", "l" + ",r" * count, loc, ip, True)
 
 
 @dsl_user_op
 def multiply_bf16x2(a, b, *, loc=None, ip=None):
     """Two bf16 products, each rounded to nearest even; subnormals are kept."""
-    return Int32(_asm(T.i32(), _i32([a, b], loc, ip), "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", False, loc, ip))
+    return Int32(asm(T.i32(), _i32([a, b], loc, ip), "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", loc, ip))
 
 
 @dsl_user_op
 def permute(a, b, selector, *, loc=None, ip=None):
     """Four bytes picked from the eight of (b, a)."""
-    return Int32(_asm(T.i32(), _i32([a, b, selector], loc, ip), "prmt.b32 $0, $1, $2, $3;", "=r,r,r,n", False, loc, ip))
+    return Int32(asm(T.i32(), _i32([a, b, selector], loc, ip), "prmt.b32 $0, $1, $2, $3;", "=r,r,r,n", loc, ip))
 
 
 @dsl_user_op
@@ -176,13 +148,13 @@ def repeat_half(word, half, *, loc=None, ip=None):
     """One half of a word twice; written so that it becomes a modifier of the multiplication that reads it."""
     twice = "{b, b}" if half else "{a, a}"
     text = "{ .reg .b16 a, b; mov.b32 {a, b}, $1; mov.b32 $0, " + twice + "; }"
-    return Int32(_asm(T.i32(), _i32([word], loc, ip), text, "=r,r", False, loc, ip))
+    return Int32(asm(T.i32(), _i32([word], loc, ip), text, "=r,r", loc, ip))
 
 
 @dsl_user_op
 def multiply_word(a, constant, *, loc=None, ip=None):
     """The low word of a product; kept a multiplication, which runs beside the logic operations that follow."""
-    return Int32(_asm(T.i32(), _i32([a, constant], loc, ip), "mul.lo.u32 $0, $1, $2;", "=r,r,n", False, loc, ip))
+    return Int32(asm(T.i32(), _i32([a, constant], loc, ip), "mul.lo.u32 $0, $1, $2;", "=r,r,n", loc, ip))
 
 
 def decode_byte(byte, factor):

@@ -20,12 +20,12 @@ from cutlass import BFloat16, Float8E4M3FN, Float16, Float32, Int32, Int64, Uint
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
+from dsv4_compile.ops.kernels.sm90.instructions import load_shared_v4
 from dsv4_compile.ops.kernels.sm90.wgmma_epilogue import Epilogue
 from dsv4_compile.ops.kernels.sm90.wgmma_instructions import (
     decode_byte,
     load_global_i32,
     load_shared_byte,
-    load_shared_v4,
     load_shared_word,
     nan_flags,
     scale_pair,
