@@ -1,0 +1,150 @@
+"""Compiles what ``pytest -m gpu`` and the benchmarks run, on a machine without a GPU, for one without a compiler.
+
+    DSV4_CACHE_DIR=kernels python -m tests.warm_gpu [--list] [--jobs 2]
+
+The kernels are found on meta tensors at the shapes of the tests. What a test draws at random is covered by a grid of
+shapes; a kernel that is missed all the same is named by the test that wants it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from dsv4_compile import nvfp4
+from dsv4_compile.cli import model_on_meta
+from dsv4_compile.demo import CONTEXT, demo_model
+from dsv4_compile.ops.kernels import cache
+from dsv4_compile.ops.registration import CUDA_IMPLEMENTATIONS
+from dsv4_compile.warming import Kernel, compile_all, kernels_of, model_calls
+from tests.integration import test_gpu_model
+from tests.kernels import test_sm90_decode, test_sm90_moe, test_sm90_quantizers, test_sm90_wgmma
+from tests.ops import test_nvfp4_grouped_mm_gpu, test_nvfp4_mm_gpu, test_nvfp4_moe_gpu
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BENCHMARK_TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
+BENCHMARK_SHAPES = ((4096, 4096), (32768, 1024), (7168, 16384))
+dsv4 = torch.ops.dsv4
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def weight(rows: int, k: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    scale = meta(rows, k // 16, dtype=torch.float8_e4m3fn)
+    return [meta(rows, k // 2)], [scale], [meta(dtype=torch.float32)]
+
+
+def product_calls() -> Iterator[tuple[Any, ...]]:
+    """``nvfp4_mm`` and ``nvfp4_weight_mm``: the tests' own shapes, a grid, and those of the benchmarks."""
+    shapes = [(tokens, rows, k) for tokens, rows, k in test_nvfp4_mm_gpu.GPU_SHAPES]
+    shapes += [(tokens, (rows,), k) for rows, k in BENCHMARK_SHAPES for tokens in BENCHMARK_TOKENS]
+    grid = itertools.product(
+        (*range(1, 41), 60, 64, 90, 100, 120, 200, 300, 400), range(8, 720, 32), (256, 512, 1024, 1280)
+    )
+    shapes += [(tokens, (rows,), k) for tokens, rows, k in grid]
+    shapes += [
+        (tokens, (rows,), k) for tokens in (1, 3, 7, 70, 100) for rows in (60, 64, 72, 4096) for k in (256, 512, 1024)
+    ]
+    for tokens, rows, k in shapes:
+        parts = [weight(n, k) for n in rows]
+        weights = tuple([part[i][0] for part in parts] for i in range(3))
+        is_own = len(rows) > 1 or tokens in (1, 7, 64, 70, 1030)
+        for out_dtype, has_bias in itertools.product(
+            DTYPES[::2] if is_own else DTYPES[:1], (False, True) if is_own else (False,)
+        ):
+            bias = meta(sum(rows), dtype=torch.float32) if has_bias else None
+            a = meta(tokens, k // 2), meta(tokens, k // 16, dtype=torch.float8_e4m3fn)
+            yield dsv4.nvfp4_mm.default, *a, meta(dtype=torch.float32), *weights, bias, out_dtype
+            yield dsv4.nvfp4_weight_mm.default, meta(tokens, k, dtype=torch.bfloat16), *weights, bias, out_dtype
+
+
+def reduction_calls() -> Iterator[tuple[Any, ...]]:
+    """Quantisers, router and dequantisation over dtypes, granularities and sizes."""
+    sizes = [
+        (rows, k)
+        for rows in (1, 3, 8, 20, 60, 130, 300, 700, 1100, 5000, 20000)
+        for k in (16, 64, 512, 2048, 4096, 7168)
+    ]
+    for (rows, k), dtype, granularity in itertools.product(sizes, DTYPES, nvfp4.GRANULARITIES):
+        x = meta(rows, k, dtype=dtype)
+        yield dsv4.quantize_nvfp4.default, x, granularity
+        yield dsv4.swiglu_quantize_nvfp4.default, x, x, 10.0, granularity
+        for norm_weight in (None, *(meta(k, dtype=weight_dtype) for weight_dtype in DTYPES)):
+            yield dsv4.rms_norm_quantize_nvfp4.default, x, norm_weight, 1e-6, granularity
+            yield dsv4.rms_norm_quantize_nvfp4.with_norm, x, norm_weight, 1e-6, granularity
+    for dtype in DTYPES:
+        codes, scales, scale = (part[0] for part in weight(64, 256))
+        yield dsv4.dequantize_nvfp4.default, codes, scales, scale, dtype
+        for experts, function in itertools.product(
+            (6, 64, 100, 256, 384, 700, 1024, 2048), ("sqrtsoftplus", "softmax", "sigmoid")
+        ):
+            logits = meta(33, experts, dtype=dtype)
+            table, tokens = meta(50, 4, dtype=torch.int64), meta(33, dtype=torch.int64)
+            for bias in (None, *(meta(experts, dtype=bias_dtype) for bias_dtype in DTYPES)):
+                yield dsv4.topk_router.default, logits, bias, None, None, 4, function, "sum", 1e-20, 1.5
+            for table_dtype, token_dtype in itertools.product((torch.int32, torch.int64), repeat=2):
+                given = table.to(table_dtype), tokens.to(token_dtype)
+                yield dsv4.topk_router.default, logits, None, *given, 4, function, "sum", 1e-20, 1.5
+
+
+def recorded(calls: Iterator[tuple[Any, ...]]) -> list[Kernel]:
+    with cache.recording() as wanted:
+        for op, *arguments in calls:
+            CUDA_IMPLEMENTATIONS[op](*arguments)
+    return list(wanted)
+
+
+def model_kernels() -> Iterator[Kernel]:
+    """The models of the GPU test in each granularity, and V4 Flash at the benchmarks' numbers of tokens."""
+    for changes, granularity in itertools.product(test_gpu_model.WIDTHS.values(), nvfp4.GRANULARITIES):
+        model = demo_model(**changes).to("meta")
+        yield from kernels_of(model_calls(model, {"gsa": granularity}), [CONTEXT])[0]
+    yield from kernels_of(model_calls(model_on_meta(None, "every kind")), BENCHMARK_TOKENS)[0]
+
+
+def all_kernels() -> list[Kernel]:
+    """Every kernel, once."""
+    wgmma = test_sm90_wgmma
+    listed: Sequence[Kernel] = [
+        *test_sm90_decode.gpu_kernels(),
+        *test_sm90_moe.CONFIGS,
+        *test_nvfp4_moe_gpu.wanted_kernels(),
+        *test_nvfp4_grouped_mm_gpu.wanted_kernels(),
+        *((f"sm90.{op}", config) for op, config in test_sm90_quantizers.quantizers()),
+        *(("sm90.wgmma_w4", config) for config in wgmma.CONFIGS),
+        *(
+            ("sm90.wgmma_w4", wgmma.Config("dense", 64, out_dtype=dtype, splits=splits))
+            for dtype, splits in (("fp32", 1), ("bf16", 4))
+        ),
+        *(("sm90.wgmma_w4", wgmma.Config("dense", 256, multicast=2, out_dtype="fp32")) for _ in range(1)),
+        ("sm90.wgmma_w4", wgmma.grouped_config("swiglu", 64, has_row_scale=False, has_amax=True)),
+    ]
+    return list(dict.fromkeys([*listed, *recorded(product_calls()), *recorded(reduction_calls()), *model_kernels()]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="count them by name, compile nothing")
+    parser.add_argument("--jobs", type=int, default=2)
+    arguments = parser.parse_args()
+    logging.getLogger("dsv4_compile").setLevel(logging.ERROR)
+    kernels = all_kernels()
+    if arguments.list:
+        for name in sorted({name for name, _ in kernels}):
+            print(f"{sum(other == name for other, _ in kernels):5} {name}")
+        return
+    compile_all([kernel for kernel in kernels if cache.find(*kernel) is None], arguments.jobs, Console())
+    print(f"{len(kernels)} kernels in {cache.folder()}")
+
+
+if __name__ == "__main__":
+    main()
