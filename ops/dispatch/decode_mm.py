@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +19,6 @@ MAX_WEIGHTS = 4  # of one launch
 MAX_STAGES = 32
 BARRIER_BYTES = 1024
 SMEM_KIB = 226
-SHARED_SMEM_KIB = 110  # room for the CTA of the next kernel beside this one's
 TOKEN_SLOTS = (1, 2, 4, 8, 16, 24, 32)
 # Row tiles, row warps, K warps and steps a stage of blocks of 16 to 256 rows: the fastest of those tried on an H100 at
 # 1 and 16 tokens (docs/measured.md). The last one needs the least shared memory beside the activations.
@@ -120,6 +120,19 @@ def choose(
     A CTA takes as few rows as still leave one wave of CTAs, so that all of them finish together; where the activations
     do not fit beside a ring of weights, a cluster of CTAs shares K.
     """
+    return _choose(tokens, tuple(weight_rows), k, activation, has_bias, out_dtype, has_row_scale)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(
+    tokens: int,
+    weight_rows: tuple[int, ...],
+    k: int,
+    activation: Literal["packed", "bf16"],
+    has_bias: bool,
+    out_dtype: torch.dtype,
+    has_row_scale: bool,
+) -> Config | None:
     if not 0 < tokens <= MAX_TOKENS or k % STEP_K or not k:
         return None
     slots = next(size for size in TOKEN_SLOTS if size >= tokens)
@@ -187,6 +200,7 @@ def decode_mm(
     )
 
 
+@functools.lru_cache(maxsize=4096)
 def choose_grouped(
     rows: int,
     k: int,
@@ -291,8 +305,7 @@ def launch(
 ) -> None:
     """Runs one dense variant; the grid covers every row block in one wave, or each CTA takes several."""
     blocks = sum(-(-weight.shape[0] // config.block_rows) for weight in codes)
-    most = sm_count(out) * (2 if config.smem_kib <= SHARED_SMEM_KIB else 1)
-    ctas = blocks * config.splits if config.splits > 1 else min(blocks, most)
+    ctas = blocks * config.splits if config.splits > 1 else min(blocks, sm_count(out))
     cache.kernel("sm90.decode_mm", config)(
         x, x_scales, row_scale, list(codes), list(scales), list(global_scales), bias, out, ctas
     )

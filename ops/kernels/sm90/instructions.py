@@ -101,13 +101,6 @@ def load_global_f32(address, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def store_global_f32(address, value, *, loc=None, ip=None):
-    """One fp32 to a global address."""
-    operands = [Int64(address).ir_value(loc=loc, ip=ip), Float32(value).ir_value(loc=loc, ip=ip)]
-    asm(None, operands, "st.global.f32 [$0], $1;", "l,f", loc, ip, True)
-
-
-@dsl_user_op
 def multiply_pair(a, b, dtype, *, loc=None, ip=None):
     """Two products of ``dtype`` (``f16`` or ``bf16``), each rounded to nearest even; subnormals are kept."""
     return Int32(asm(T.i32(), _i32([a, b], loc, ip), f"mul.rn.{dtype}x2 $0, $1, $2;", "=r,r,r", loc, ip))
