@@ -212,7 +212,7 @@ def test_transposed_experts(tmp_path: Path) -> None:
     network = nn.Module()
     network.experts = nn.Module()
     network.experts.is_transposed = True
-    network.experts.down_proj = nn.Parameter(torch.empty(2, 16, 16))
+    network.experts.down_proj = nn.Parameter(torch.zeros(2, 16, 16))
     tensors = {f"experts.{index}.down_proj.weight": torch.randn(16, 16) for index in range(2)}
     assert_refused(
         network, stored.write(tmp_path / "a", tensors), r"stored as \[N, K\], experts.down_proj is \[E, K, N\]"
