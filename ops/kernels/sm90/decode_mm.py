@@ -293,7 +293,8 @@ class DecodeMM:
             code_sources.append(self.partition(code_atoms[i], code_tensors[i], code_ring, CODE_BYTES))
             scale_sources.append(self.partition(scale_atoms[i], scale_tensors[i], scale_ring, scale_width))
 
-        loaded = [Int32(0) for _ in range(self.classes)]  # stages of each class so far
+        index = [Int32(0) for _ in range(self.classes)]  # each class's next slot
+        parity = [Int32(1) for _ in range(self.classes)]  # an empty barrier that nobody completed lets the first pass
         for unit in cutlass.range(first_unit, last_unit, unroll=1):
             block = unit
             expert = Int32(0)
@@ -305,9 +306,8 @@ class DecodeMM:
                 for c in cutlass.range_constexpr(self.classes):
                     stage = round_start + c
                     if stage < num_stages:
-                        slot = c * class_slots + loaded[c] % class_slots
-                        # An empty barrier that nobody has completed yet lets the first round pass.
-                        cute.arch.mbarrier_wait(barriers + MAX_STAGES + slot, (loaded[c] // class_slots + 1) % 2)
+                        slot = c * class_slots + index[c]
+                        cute.arch.mbarrier_wait(barriers + MAX_STAGES + slot, parity[c])
                         with cute.arch.elect_one():
                             cute.arch.mbarrier_arrive_and_expect_tx(barriers + slot, self.stage_bytes)
                         start = Int32(0)
@@ -330,7 +330,10 @@ class DecodeMM:
                                         barriers + slot,
                                     )
                             start = ends[i]
-                        loaded[c] = loaded[c] + 1
+                        index[c] = index[c] + 1
+                        if index[c] == class_slots:
+                            index[c] = Int32(0)
+                            parity[c] = parity[c] ^ 1
 
     def partition(self, atom, tensor, ring, width):
         """What a TMA copies, for each part of a block's rows: (shared, global)."""
@@ -416,7 +419,7 @@ class DecodeMM:
         token_offset = activations + (token * 4 + member) * 16
 
         accumulators = cute.make_rmem_tensor((4, self.token_tiles, config.row_tiles), Float32)
-        position = Int32(0)  # stages of this class so far
+        index, parity = Int32(0), Int32(0)  # the class's next slot
         largest = Float32(0.0)
         for unit in cutlass.range(first_unit, last_unit, unroll=1):
             block = unit
@@ -433,21 +436,28 @@ class DecodeMM:
                     cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=self.threads)
             accumulators.fill(0.0)
             for stage in cutlass.range(stage_class, num_stages, self.classes, unroll=1):
-                slot = stage_class * class_slots + position % class_slots
-                cute.arch.mbarrier_wait(barriers + slot, (position // class_slots) % 2)
-                position = position + 1
+                slot = stage_class * class_slots + index
+                cute.arch.mbarrier_wait(barriers + slot, parity)
+                index = index + 1
+                if index == class_slots:
+                    index = Int32(0)
+                    parity = parity ^ 1
                 codes = ring + slot * (self.block_rows * CODE_BYTES * config.stage_steps) + row * CODE_BYTES
                 scales = scale_ring + (slot * self.block_rows + row) * self.stage_scale_bytes + member * 2
-                for in_stage in cutlass.range(first_in_stage, config.stage_steps, config.k_warps, unroll=1):
-                    step = stage * config.stage_steps + in_stage
-                    if step < steps:
-                        self.multiply(
-                            accumulators,
-                            codes + in_stage * (self.block_rows * CODE_BYTES),
-                            scales + (in_stage ^ scale_turn) * SCALE_BYTES,
-                            token_offset + step * (STEP_K * 2 * self.slots),
-                            lane_offsets,
-                        )
+                if cutlass.const_expr(config.stage_steps == 1):  # a stage that is there has its step
+                    columns = token_offset + stage * (STEP_K * 2 * self.slots)
+                    self.multiply(accumulators, codes, scales, columns, lane_offsets)
+                else:
+                    for in_stage in cutlass.range(first_in_stage, config.stage_steps, config.k_warps, unroll=1):
+                        step = stage * config.stage_steps + in_stage
+                        if step < steps:
+                            self.multiply(
+                                accumulators,
+                                codes + in_stage * (self.block_rows * CODE_BYTES),
+                                scales + (in_stage ^ scale_turn) * SCALE_BYTES,
+                                token_offset + step * (STEP_K * 2 * self.slots),
+                                lane_offsets,
+                            )
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(barriers + MAX_STAGES + slot)
 
