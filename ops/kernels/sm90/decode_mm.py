@@ -29,8 +29,8 @@ from dsv4_compile.ops.dispatch.decode_mm import BARRIER_BYTES, MAX_STAGES, STEP_
 from dsv4_compile.ops.kernels.sm90 import numerics
 from dsv4_compile.ops.kernels.sm90.instructions import (
     EXPONENTS,
+    Decoder,
     add_f32,
-    decode_e2m1x8,
     decode_two_scales,
     load_cluster_f32,
     load_global_f32,
@@ -73,6 +73,10 @@ class DecodeMM:
         # Stages go round the classes of warp groups that read them; a class has slots of its own.
         self.classes = max(1, config.k_warps // config.stage_steps)
         self.readers = config.row_warps * min(config.k_warps, config.stage_steps)  # warps a stage
+        few_warps = self.warps <= 8  # more warps have fewer pieces of the activations each, and fewer registers
+        self.pieces_in_flight = 2 if few_warps else 1
+        if config.activation == "packed":
+            self.pieces_in_flight = max(1, min(8 if few_warps else 4, config.token_slots // 2))
         # q * s of NVFP4 operands is exact in f16, which is cheaper to decode to; bf16 activations need bf16.
         self.dtype = "f16" if config.activation == "packed" else "bf16"
         decoded_operands = 2 if config.activation == "packed" else 1
@@ -165,6 +169,7 @@ class DecodeMM:
             block=[self.threads + 32, 1, 1],
             cluster=[self.config.splits, 1, 1],
             smem=self.config.smem_kib * 1024,
+            min_blocks_per_mp=1,
             stream=stream,
             use_pdl=True,
         )
@@ -418,6 +423,7 @@ class DecodeMM:
         token = quad % self.slots if cutlass.const_expr(self.slots < 8) else quad
         token_offset = activations + (token * 4 + member) * 16
 
+        decoder = Decoder(self.dtype, cute.arch.grid_dim()[1])
         accumulators = cute.make_rmem_tensor((4, self.token_tiles, config.row_tiles), Float32)
         index, parity = Int32(0), Int32(0)  # the class's next slot
         largest = Float32(0.0)
@@ -446,12 +452,13 @@ class DecodeMM:
                 scales = scale_ring + (slot * self.block_rows + row) * self.stage_scale_bytes + member * 2
                 if cutlass.const_expr(config.stage_steps == 1):  # a stage that is there has its step
                     columns = token_offset + stage * (STEP_K * 2 * self.slots)
-                    self.multiply(accumulators, codes, scales, columns, lane_offsets)
+                    self.multiply(decoder, accumulators, codes, scales, columns, lane_offsets)
                 else:
                     for in_stage in cutlass.range(first_in_stage, config.stage_steps, config.k_warps, unroll=1):
                         step = stage * config.stage_steps + in_stage
                         if step < steps:
                             self.multiply(
+                                decoder,
                                 accumulators,
                                 codes + in_stage * (self.block_rows * CODE_BYTES),
                                 scales + (in_stage ^ scale_turn) * SCALE_BYTES,
@@ -516,7 +523,7 @@ class DecodeMM:
         else:
             cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=self.threads)
 
-    def multiply(self, accumulators, codes, scales, columns_address, lane_offsets):
+    def multiply(self, decoder, accumulators, codes, scales, columns_address, lane_offsets):
         """One step: 256 values of K of this warp's rows times all tokens."""
         config = self.config
         for half in range(2):
@@ -529,8 +536,8 @@ class DecodeMM:
                 address = columns_address + (half * 4 + j) * (64 * self.slots)
                 columns = [load_shared_v4(address + n * 512) for n in range(self.token_tiles)]
                 for tile in range(config.row_tiles):
-                    low = self.scaled(words[2 * tile][j], factors[2 * tile][j // 2])
-                    high = self.scaled(words[2 * tile + 1][j], factors[2 * tile + 1][j // 2])
+                    low = self.scaled(decoder, words[2 * tile][j], factors[2 * tile][j // 2])
+                    high = self.scaled(decoder, words[2 * tile + 1][j], factors[2 * tile + 1][j // 2])
                     for n in range(self.token_tiles):
                         c = [accumulators[i, n, tile] for i in range(4)]
                         for p in range(2):
@@ -666,9 +673,9 @@ class DecodeMM:
                     total = add_f32(total, load_shared_f32(place))
         return multiply_f32(total, Float32(self.correction))
 
-    def scaled(self, word, factor):
+    def scaled(self, decoder, word, factor):
         """A word of eight codes times their block scale, as four registers of two values."""
-        return [multiply_pair(pair, factor, self.dtype) for pair in decode_e2m1x8(word, self.dtype)]
+        return [multiply_pair(pair, factor, self.dtype) for pair in decoder.decode(word)]
 
     @cute.jit
     def fill(
@@ -684,10 +691,9 @@ class DecodeMM:
         chunks = steps * (STEP_K // 32)
         pieces = (chunks + 31) // 32  # of a token
         total = tokens * pieces
-        batch = (
-            max(1, min(8, config.token_slots // 2)) if config.activation == "packed" else (2 if self.warps <= 8 else 1)
-        )
+        batch = self.pieces_in_flight
         words_per_chunk = 4 if config.activation == "packed" else 16
+        decoder = Decoder(self.dtype, cute.arch.grid_dim()[1])
         loaded = cute.make_rmem_tensor((words_per_chunk, batch), Int32)
         scales = cute.make_rmem_tensor((batch,), Int32)
         for start in cutlass.range(warp, total, self.warps * batch, unroll=1):
@@ -715,7 +721,8 @@ class DecodeMM:
                     if cutlass.const_expr(config.activation == "packed"):
                         factors = decode_two_scales(scales[i], self.dtype)
                         for j in cutlass.range_constexpr(4):
-                            store_shared_v4(target + j * (64 * self.slots), *self.scaled(loaded[j, i], factors[j // 2]))
+                            values = self.scaled(decoder, loaded[j, i], factors[j // 2])
+                            store_shared_v4(target + j * (64 * self.slots), *values)
                     else:
                         low, high = Int32(0x5410), Int32(0x7632)
                         for j in cutlass.range_constexpr(4):

@@ -8,6 +8,7 @@ from cutlass import Float32, Int32, Int64
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
+from dsv4_compile.ops.kernels.sm90 import e2m1_decoding
 from dsv4_compile.ops.kernels.sm90.inline_asm import asm, struct_of
 
 
@@ -155,35 +156,55 @@ def convert_two_e4m3(word, *, loc=None, ip=None):
 EXPONENTS = {"f16": 14, "bf16": 14}
 
 
-def decode_e2m1x8(word, dtype):
-    """Eight e2m1 codes of a word to four registers of two: codes (0, 4), (1, 5), (2, 6), (3, 7).
+class Decoder:
+    """Decodes e2m1 codes to ``f16`` or ``bf16``: :mod:`e2m1_decoding` with the device's instructions.
 
-    The sign goes to the sign bit, the three bits of the magnitude to the lowest exponent bits and the highest mantissa
-    bit, where 0.5 is a subnormal: so every code is exact, times 2^-14 in ``f16`` and 2^-126 in ``bf16``.
+    A shift by a constant and an addition become one instruction of the pipe that masks need. To stay multiplications,
+    their multipliers must not be constants: they are made from a one that only the launch knows.
     """
-    return _decode_f16(word) if dtype == "f16" else _decode_bf16(word)
+
+    def __init__(self, dtype, one):
+        """``one`` is 1, for example an extent of the grid."""
+        self.dtype = dtype
+        self.multipliers = {
+            multiplier: Int32(one) * _signed(multiplier) for multiplier in e2m1_decoding.MULTIPLIERS[dtype]
+        }
+
+    def decode(self, word):
+        """Eight codes of a word to four registers of two: codes (0, 4), (1, 5), (2, 6), (3, 7).
+
+        Every code is exact, times 2^-14 in ``f16`` and 2^-126 in ``bf16``.
+        """
+        return e2m1_decoding.DECODE[self.dtype](self, word)
+
+    def mask(self, word, bits):
+        """The bits of a word that are set in a constant."""
+        return word & _signed(bits)
+
+    def multiply_add(self, word, multiplier, addend):
+        """The low word of ``word * multiplier``, plus ``addend``."""
+        return _multiply_add(word, self.multipliers[multiplier], addend)
+
+    def shift_right(self, word, bits):
+        """``word`` shifted right by a constant."""
+        return shift_right(word, bits)
+
+    def shift_right_add(self, word, bits, addend):
+        """``word`` shifted right by a constant, plus ``addend``."""
+        return shift_right(word, bits) + _signed(addend)
 
 
-def _decode_f16(word):
-    """Only the upper byte of an f16 is used: the codes of a word become bytes, then the upper bytes of halves."""
-    signs, magnitudes = Int32(-0x7F7F7F80), Int32(0x0E0E0E0E)
-    even = ((word << 4) & signs) | ((word << 1) & magnitudes)  # codes 0 2 4 6
-    odd = (word & signs) | (shift_right(word, 3) & magnitudes)  # codes 1 3 5 7
-    upper, spread, zero = Int32(-0x00FF0100), Int32(0x2404), Int32(0)
-    return permute(even, zero, spread), permute(odd, zero, spread), even & upper, odd & upper
+@dsl_user_op
+def _multiply_add(a, b, addend, *, loc=None, ip=None):
+    return Int32(asm(T.i32(), _i32([a, b], loc, ip), f"mad.lo.u32 $0, $1, $2, {addend};", "=r,r,r", loc, ip))
 
 
-def _decode_bf16(word):
-    signs, magnitudes = Int32(-0x7FFF8000), Int32(0x01C001C0)
-    return tuple(((word << (12 - 4 * i)) & signs) | (_shifted(word, 6 - 4 * i) & magnitudes) for i in range(4))
-
-
-def _shifted(word, left):
-    return word << left if left >= 0 else shift_right(word, -left)
+def _signed(word):
+    return Int32(word - (word >> 31 << 32))
 
 
 def decode_two_scales(word, dtype):
-    """The e4m3 bytes 0 and 1 of a word, each twice in a register: the factors for :func:`decode_e2m1x8`; NaN stays.
+    """The e4m3 bytes 0 and 1 of a word, each twice in a register: the factors for :class:`Decoder`; NaN stays.
 
     ``f16``: the scale itself. ``bf16``: the scale times 2^112; a byte shifted left by four is the scale times 2^-120 as
     bf16, subnormal scales included.
