@@ -206,14 +206,27 @@ def _signed(word):
 def decode_two_scales(word, dtype):
     """The e4m3 bytes 0 and 1 of a word, each twice in a register: the factors for :class:`Decoder`; NaN stays.
 
-    ``f16``: the scale itself. ``bf16``: the scale times 2^112; a byte shifted left by four is the scale times 2^-120 as
-    bf16, subnormal scales included.
+    ``f16``: the scale itself. ``bf16``: the scale times 2^112.
     """
-    if dtype == "f16":
-        both = convert_two_e4m3(word)
-    else:
-        spread = permute(word, Int32(0), Int32(0x4140))  # byte 0 in the low half, byte 1 in the high half
-        nan = ((spread + Int32(0x00010001)) & Int32(0x00800080)) * Int32(0xFF)  # 0x7F80 where the byte is 0x7F
-        factor = Int32(0x79807980)  # 2^116 twice
-        both = multiply_pair(multiply_pair((spread << 4) | nan, factor, dtype), factor, dtype)
-    return permute(both, both, Int32(0x1010)), permute(both, both, Int32(0x3232))
+    both = convert_two_e4m3(word)
+    if dtype == "bf16":
+        both = multiply_pair(_bf16_of_f16(both), _signed(e2m1_decoding.BF16_SCALE_FACTOR), dtype)
+    return _repeat_half(both, 0), _repeat_half(both, 1)
+
+
+@dsl_user_op
+def _bf16_of_f16(pair, *, loc=None, ip=None):
+    """Two f16 values rounded to bf16."""
+    text = (
+        "{ .reg .b16 l, h; .reg .f32 a, b; mov.b32 {l, h}, $1; cvt.f32.f16 a, l; cvt.f32.f16 b, h; "
+        "cvt.rn.bf16x2.f32 $0, b, a; }"
+    )
+    return Int32(asm(T.i32(), _i32([pair], loc, ip), text, "=r,r", loc, ip))
+
+
+@dsl_user_op
+def _repeat_half(word, half, *, loc=None, ip=None):
+    """One half of a word twice; written so that it becomes a modifier of the multiplication that reads it."""
+    twice = "{b, b}" if half else "{a, a}"
+    text = "{ .reg .b16 a, b; mov.b32 {a, b}, $1; mov.b32 $0, " + twice + "; }"
+    return Int32(asm(T.i32(), _i32([word], loc, ip), text, "=r,r", loc, ip))
