@@ -33,6 +33,10 @@ class Machine:
         assert multiplier in self.multipliers
         return word * np.uint32(multiplier) + np.uint32(addend)
 
+    def subtract(self, a: Words, b: Words) -> Words:
+        assert e2m1_decoding.MINUS_ONE in self.multipliers
+        return a - b
+
     def shift_right(self, word: Words, bits: int) -> Words:
         return word >> np.uint32(bits)
 

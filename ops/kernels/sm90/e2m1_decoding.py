@@ -10,6 +10,7 @@ places the code and adds the ones in one instruction, on another pipe than the m
 The functions take a ``machine`` that has the instructions: ``instructions.Decoder`` in kernels, NumPy in tests.
 """
 
+MINUS_ONE = 0xFFFFFFFF
 SIGN = 0x80008000  # of both halves
 F16_MAGNITUDE, F16_CARRY, F16_LOWEST = 0x0E000E00, 0x70007000, 9
 BF16_SCALE_FACTOR = 0x77807780  # 2^112 twice: a bf16 code times a scale comes out as in f16, times 2^-14
@@ -20,7 +21,7 @@ def decode_f16(machine, word):
     """Eight codes to four registers of f16: codes (0, 4), (1, 5), (2, 6), (3, 7)."""
     # Four zero bits above each code: three take the carry. What is below a code stays below it, and no mask keeps it.
     even = machine.mask(word, 0x0F0F0F0F)
-    odd = machine.mask(word, 0xF0F0F0F0)
+    odd = machine.subtract(word, even)
     placed = (
         machine.multiply_add(even, 1 << F16_LOWEST, F16_CARRY),
         machine.multiply_add(odd, 1 << (F16_LOWEST - 4), F16_CARRY),
@@ -43,4 +44,4 @@ def decode_bf16(machine, word):
 
 DECODE = {"f16": decode_f16, "bf16": decode_bf16}
 # Those that decoding multiplies by.
-MULTIPLIERS = {"f16": (1 << 9, 1 << 5, 1 << 1), "bf16": (1 << 6, 1 << 2)}
+MULTIPLIERS = {"f16": (1 << 9, 1 << 5, 1 << 1, MINUS_ONE), "bf16": (1 << 6, 1 << 2)}

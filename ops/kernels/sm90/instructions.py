@@ -185,6 +185,10 @@ class Decoder:
         """The low word of ``word * multiplier``, plus ``addend``."""
         return _multiply_add(word, self.multipliers[multiplier], addend)
 
+    def subtract(self, a, b):
+        """``a - b``, by a multiplication too."""
+        return _multiply_subtract(b, self.multipliers[e2m1_decoding.MINUS_ONE], a)
+
     def shift_right(self, word, bits):
         """``word`` shifted right by a constant."""
         return shift_right(word, bits)
@@ -197,6 +201,11 @@ class Decoder:
 @dsl_user_op
 def _multiply_add(a, b, addend, *, loc=None, ip=None):
     return Int32(asm(T.i32(), _i32([a, b], loc, ip), f"mad.lo.u32 $0, $1, $2, {addend};", "=r,r,r", loc, ip))
+
+
+@dsl_user_op
+def _multiply_subtract(a, b, c, *, loc=None, ip=None):
+    return Int32(asm(T.i32(), _i32([a, b, c], loc, ip), "mad.lo.u32 $0, $1, $2, $3;", "=r,r,r,r", loc, ip))
 
 
 def _signed(word):
@@ -212,6 +221,24 @@ def decode_two_scales(word, dtype):
     if dtype == "bf16":
         both = multiply_pair(_bf16_of_f16(both), _signed(e2m1_decoding.BF16_SCALE_FACTOR), dtype)
     return _repeat_half(both, 0), _repeat_half(both, 1)
+
+
+@dsl_user_op
+def two_scales_f32(word, *, loc=None, ip=None):
+    """The e4m3 bytes 0 and 1 of a word, exactly; NaN stays."""
+    text = (
+        "{ .reg .b16 p, l, h; .reg .b32 w; cvt.u16.u32 p, $2; cvt.rn.f16x2.e4m3x2 w, p; mov.b32 {l, h}, w; "
+        "cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }"
+    )
+    pair = asm(struct_of("f32", 2), _i32([word], loc, ip), text, "=f,=f,r", loc, ip)
+    return tuple(Float32(llvm.extractvalue(T.f32(), pair, [i], loc=loc, ip=ip)) for i in range(2))
+
+
+@dsl_user_op
+def multiply_add_f32(a, b, c, *, loc=None, ip=None):
+    """``a b + c`` in fp32, rounded once."""
+    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c)]
+    return Float32(asm(T.f32(), operands, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", loc, ip))
 
 
 @dsl_user_op
