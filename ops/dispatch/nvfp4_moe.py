@@ -78,7 +78,7 @@ def run(
 
     is_before = weight_position == "before_down"
     is_token = a_global_scale.dim() > 0 and a_global_scale.shape[0] > 1
-    plan = plan_of(rows, gate_up_codes, gate_up_block_scales, down_codes, down_block_scales)
+    plan = plan_of(topk_ids.shape[0], rows, gate_up_codes, gate_up_block_scales, down_codes, down_block_scales)
     alignment = align(
         topk_ids,
         experts,
@@ -94,7 +94,7 @@ def run(
     if plan.path == "decode":
         partial_amax = a_codes.new_empty(sm_count(a_codes), dtype=torch.float32)  # one a CTA
         decode_mm.grouped_decode_mm(
-            _decode_config(rows, gate_up_codes, True, is_before, out_dtype),
+            _decode_config(plan, rows, gate_up_codes, True, is_before, out_dtype),
             decode_mm.aligned(a_codes), decode_mm.aligned(a_block_scales), row_scale,
             gate_up_codes, gate_up_block_scales,
             gate_up_global_scale.reshape(experts, -1).contiguous(), schedule, h,
@@ -120,7 +120,7 @@ def run(
     scaled, h_scale = requantize(h, partial_amax, schedule, granularity, h if is_scaled_in_place else None)
     y = h.new_empty((rows, hidden), dtype=torch.float32)
     if plan.path == "decode":
-        config = _decode_config(rows, down_codes, False, False, torch.float32)
+        config = _decode_config(plan, rows, down_codes, False, False, torch.float32)
         scales = down_global_scale.contiguous().view(experts, 1)
         decode_mm.grouped_decode_mm(config, scaled, None, h_scale, down_codes, down_block_scales, scales, schedule, y)
     elif plan.path == "wgmma":
@@ -132,13 +132,14 @@ def run(
 
 
 def plan_of(
+    tokens: int,
     rows: int,
     gate_up_codes: Tensor,
     gate_up_block_scales: Tensor,
     down_codes: Tensor,
     down_block_scales: Tensor,
 ) -> Plan:
-    """The plan for that many rows."""
+    """The plan for that many tokens and routed rows."""
     experts, hidden = down_codes.shape[:2]
     x = gate_up_codes.new_empty((rows, hidden), dtype=torch.bfloat16, device="meta")
     h = gate_up_codes.new_empty((rows, 2 * down_codes.shape[2]), dtype=torch.bfloat16, device="meta")
@@ -148,15 +149,18 @@ def plan_of(
         if rows <= DECODE_AVERAGE_ROWS * min(rows, experts) and _decodes(
             rows, gate_up_codes, gate_up_block_scales, down_codes, down_block_scales
         ):
-            return Plan("decode", decode_mm.GROUPED_TILE_ROWS)
+            # The rows of one token have an expert each.
+            return Plan("decode", 1 if tokens == 1 else decode_mm.GROUPED_TILE_ROWS)
         return Plan("wgmma", tile_rows_of(rows, experts))
     return Plan("unaligned", UNALIGNED_TILE_ROWS)
 
 
 def _decode_config(
-    rows: int, codes: Tensor, is_gate_up: bool, has_row_weight: bool, out_dtype: torch.dtype
+    plan: Plan, rows: int, codes: Tensor, is_gate_up: bool, has_row_weight: bool, out_dtype: torch.dtype
 ) -> decode_mm.Config:
-    config = decode_mm.choose_grouped(rows, 2 * codes.shape[2], is_gate_up, is_gate_up, has_row_weight, out_dtype)
+    config = decode_mm.choose_grouped(
+        rows, 2 * codes.shape[2], is_gate_up, is_gate_up, has_row_weight, out_dtype, tile_rows=plan.tile_rows
+    )
     assert config is not None, "plan_of looked"
     return config
 

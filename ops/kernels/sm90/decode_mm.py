@@ -256,7 +256,8 @@ class DecodeMM:
 
         units = blocks
         if cutlass.const_expr(self.is_grouped and config.has_schedule):
-            cute.arch.griddepcontrol_wait()  # the schedule says which weights to read
+            if cutlass.const_expr(not config.has_old_schedule):
+                cute.arch.griddepcontrol_wait()  # the schedule says which weights to read
             units = blocks * load_global_i32(routing[1].iterator.toint())
         elif cutlass.const_expr(self.is_grouped):
             units = blocks * routing[7] * ((routing[6] + self.slots - 1) // self.slots)
@@ -423,7 +424,7 @@ class DecodeMM:
             cute.arch.griddepcontrol_wait()
             self.fill(x, x_scales, None, None, activations, first_row, tokens, first_step, steps, k, thread, warp)
             cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=self.threads)
-        elif cutlass.const_expr(not config.has_schedule):
+        elif cutlass.const_expr(not config.has_schedule or config.has_old_schedule):
             cute.arch.griddepcontrol_wait()
         first_row_scale = Float32(1.0)
         if cutlass.const_expr(config.has_row_scale):
