@@ -55,7 +55,7 @@ class Config:
         has_row_weight: the result of ``swiglu`` is multiplied by a weight of its row.
         has_row_scale: the activation has a global scale, one for all rows or one a row.
         has_schedule: the tiles of a grouped product are those of a schedule on the device, not of groups of one size.
-        has_old_schedule: the schedule was complete before the launch in front of this one let this one begin, so weights
+        has_old_schedule: the schedule was complete before the launch in front of this one let this one begin: weights
             are loaded while that runs.
     """
 

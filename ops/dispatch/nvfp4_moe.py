@@ -158,9 +158,11 @@ def plan_of(
 def _decode_config(
     plan: Plan, rows: int, codes: Tensor, is_gate_up: bool, has_row_weight: bool, out_dtype: torch.dtype
 ) -> decode_mm.Config:
+    # The schedule is older than the first product, whose end requantisation waits for before it lets the second begin.
     config = decode_mm.choose_grouped(
-        rows, 2 * codes.shape[2], is_gate_up, is_gate_up, has_row_weight, out_dtype, tile_rows=plan.tile_rows
-    )
+        rows, 2 * codes.shape[2], is_gate_up, is_gate_up, has_row_weight, out_dtype, tile_rows=plan.tile_rows,
+        has_old_schedule=not is_gate_up,
+    )  # fmt: skip
     assert config is not None, "plan_of looked"
     return config
 

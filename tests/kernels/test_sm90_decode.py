@@ -173,7 +173,9 @@ MOE_CASES = [
 def moe_configs(tokens: int, experts: int, top_k: int, hidden: int, intermediate: int) -> tuple[Config, Config]:
     rows, tile_rows = tokens * top_k, moe_tile_rows(tokens)
     gate_up = choose_grouped(rows, hidden, True, True, False, torch.bfloat16, tile_rows=tile_rows)
-    down = choose_grouped(rows, intermediate, False, False, False, torch.float32, tile_rows=tile_rows)
+    down = choose_grouped(
+        rows, intermediate, False, False, False, torch.float32, tile_rows=tile_rows, has_old_schedule=True
+    )
     assert gate_up is not None
     assert down is not None
     return gate_up, down
