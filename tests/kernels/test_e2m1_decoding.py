@@ -37,6 +37,20 @@ class Machine:
         assert e2m1_decoding.MINUS_ONE in self.multipliers
         return a - b
 
+    def shift_left(self, word: Words, bits: int) -> Words:
+        return word << np.uint32(bits)
+
+    def permute(self, a: Words, b: Words, selector: int) -> Words:
+        """prmt: a byte of the eight of (b, a) for each of the selector's nibbles, or its sign in all bits."""
+        result = np.zeros_like(a)
+        for i in range(4):
+            nibble = selector >> 4 * i & 15
+            byte = (b if nibble & 4 else a) >> np.uint32(8 * (nibble & 3)) & np.uint32(0xFF)
+            if nibble & 8:
+                byte = (byte >> np.uint32(7)) * np.uint32(0xFF)
+            result |= byte << np.uint32(8 * i)
+        return result
+
     def shift_right(self, word: Words, bits: int) -> Words:
         return word >> np.uint32(bits)
 
@@ -90,6 +104,18 @@ def test_codes(dtype: str, exponent: int) -> None:
             expected = code_values(words, i + 4 * half)
             assert torch.equal(value.double(), expected * 2.0**exponent)
             assert torch.equal(value.signbit(), expected.signbit())  # -0 too
+
+
+@pytest.mark.parametrize("byte", range(4))
+def test_byte_of_a_word(byte: int) -> None:
+    """Guards against a neighbour's nibble that a permutation or a shift brings along."""
+    words, machine = all_words(), Machine("bf16")
+    register = e2m1_decoding.decode_byte_of(machine, words, e2m1_decoding.byte_selector(byte))
+    assert np.array_equal(register & np.uint32(e2m1_decoding.SIGN | e2m1_decoding.BF16_MAGNITUDE), register)
+    for half, value in enumerate(values_of(register, "bf16")):
+        expected = code_values(words, 2 * byte + half)
+        assert torch.equal(value.double(), expected * 2.0**-126)
+        assert torch.equal(value.signbit(), expected.signbit())
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])

@@ -42,6 +42,18 @@ def decode_bf16(machine, word):
     return tuple(machine.mask(pair, SIGN | BF16_MAGNITUDE) for pair in placed)
 
 
+def byte_selector(byte):
+    """The selector of :func:`decode_byte_of` for a byte of the word, 0 to 3."""
+    return byte * 0x1111 + 0xC480  # it, its sign eight times, and the same of the other word
+
+
+def decode_byte_of(machine, word, selector):
+    """The two codes of a byte of a word to a register of bf16, the low nibble's low."""
+    # The upper nibble of a byte with its sign in all bits above it; a word moved by four has the low nibbles there.
+    pair = machine.permute(machine.shift_left(word, 4), word, selector)
+    return machine.mask(machine.shift_left(pair, BF16_LOWEST - 4), SIGN | BF16_MAGNITUDE)
+
+
 DECODE = {"f16": decode_f16, "bf16": decode_bf16}
 # Those that decoding multiplies by.
 MULTIPLIERS = {"f16": (1 << 9, 1 << 5, 1 << 1, MINUS_ONE), "bf16": (1 << 6, 1 << 2)}
