@@ -56,6 +56,7 @@ from dsv4_compile.ops.kernels.sm90.instructions import (
 CODE_BYTES = STEP_K // 2  # of a row's step
 SCALE_BYTES = STEP_K // 16
 CONSUMERS_BARRIER = 1
+SHARED_KIB = 227  # of a multiprocessor, for CTAs
 # Zeros between barriers and activations, for columns of other members: a step of one token.
 ZERO_OFFSET = 2 * MAX_STAGES * 8
 ZERO_BYTES = BARRIER_BYTES - ZERO_OFFSET
@@ -95,7 +96,7 @@ class DecodeMM:
         # assembler is told, 0 for nothing.
         is_tight = self.has_columns_per_member and not few_warps
         self.has_rolled_halves = is_tight and config.row_tiles == 1
-        self.min_blocks = 0 if is_tight and config.row_tiles > 1 else 1
+        self.min_blocks = 0 if is_tight and config.row_tiles > 1 else SHARED_KIB // config.smem_kib
         self.correction = 2.0 ** (decoded_operands * EXPONENTS[self.dtype])
 
     @cute.jit
