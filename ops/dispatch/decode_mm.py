@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dsv4_compile.ops.dispatch.alignment import aligned as aligned
 from dsv4_compile.ops.kernels import cache
 from dsv4_compile.ops.kernels.device import HOPPER_SM_COUNT, sm_count
 
@@ -98,12 +99,6 @@ def is_mappable(*tensors: Tensor) -> bool:
         and all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
         for tensor in tensors
     )
-
-
-def aligned(x: Tensor) -> Tensor:
-    """``x`` contiguous, at an address that is a multiple of 16 bytes."""
-    x = x.contiguous()
-    return x if x.is_meta or x.data_ptr() % 16 == 0 else x.clone()
 
 
 def choose(
