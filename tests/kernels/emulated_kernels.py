@@ -94,11 +94,9 @@ def _e4m3(scale_bytes: Tensor) -> Tensor:
     return scale_bytes if scale_bytes.dtype == torch.float8_e4m3fn else scale_bytes.view(torch.float8_e4m3fn)
 
 
-def _finite_amax(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
-    magnitude = torch.where(x.isfinite(), x.abs(), 0.0).float()
-    if x.numel() == 0:
-        return magnitude.new_zeros(())
-    return magnitude.amax() if dim is None else magnitude.amax(dim)
+def _finite_amax(x: Tensor, granularity: str = "tensor") -> Tensor:
+    """Largest finite magnitude of all, or of each row."""
+    return nvfp4.finite_amax(x.float(), granularity)
 
 
 def _quotient(n: Tensor, multiplier: int, shift: int) -> Tensor:
@@ -493,7 +491,7 @@ def _requantize(
     assert scaled.shape == h.shape
     x = h[:rows].float()
     if config.granularity == "token":
-        scale = nvfp4.global_scale_from_amax(_finite_amax(x, (1,)).reshape(rows), "token")
+        scale = nvfp4.global_scale_from_amax(_finite_amax(x, "token"), "token")
         global_scales[:rows] = scale
         per_block = scale.unsqueeze(1)
     else:
@@ -588,7 +586,7 @@ def _rows(name: str, config: RowsConfig, first: Tensor, second: Tensor, *rest: A
     source = _source(name, config, first, second, rows, row_blocks, geometry, scalar)
     x = source.prepared(source.factors() if "rms_norm" in name else None)
     if config.per_token:
-        scale = nvfp4.global_scale_from_amax(_finite_amax(x, (1,)), "tensor_pow2" if is_pow2 else "token")
+        scale = nvfp4.global_scale_from_amax(_finite_amax(x, "token"), "tensor_pow2" if is_pow2 else "token")
         global_scale[torch.arange(rows)] = scale
         _write_packed(x, scale.unsqueeze(1), codes, scales)
     else:
@@ -613,7 +611,7 @@ def _rows_amax(
     x = source.prepared(factor)
     factors[torch.arange(rows)] = factor
     cta = torch.arange(rows) // groups % ctas
-    partials[torch.arange(ctas)] = torch.zeros(ctas).scatter_reduce(0, cta, _finite_amax(x, (1,)), "amax")
+    partials[torch.arange(ctas)] = torch.zeros(ctas).scatter_reduce(0, cta, _finite_amax(x, "token"), "amax")
     if config.norm:
         norm[: x.numel()] = x.flatten()
 
@@ -626,7 +624,7 @@ def _amax(
     assert ctas > 0
     rows = _rows_of(num_blocks, row_blocks, multiplier, shift)
     x = _source(name, config, first, second, rows, row_blocks, geometry, scalar).prepared()
-    of_block = _finite_amax(x.reshape(-1, 16), (1,))
+    of_block = _finite_amax(x.reshape(-1, 16), "token")
     cta = torch.arange(num_blocks) // (CTA_THREADS * config.unroll) % ctas
     partials[torch.arange(ctas)] = torch.full((ctas,), AMAX_FLOOR).scatter_reduce(0, cta, of_block, "amax")
 
