@@ -244,20 +244,23 @@ def emulated(op: OpOverload, *arguments: Any, sms: int = device.HOPPER_SM_COUNT)
 
 
 def assert_as_on_cpu(op: OpOverload, *arguments: Any, sms: int = device.HOPPER_SM_COUNT) -> Trace:
-    """Checks that an operator's CUDA implementation has the bits, shapes and strides of its CPU kernel."""
-    expected = pytree.tree_leaves(op(*arguments))
+    """Checks that an operator's CUDA implementation has the bits and shapes of its CPU kernel; returns its launches."""
     actual, trace = emulated(op, *arguments, sms=sms)
-    assert len(actual) == len(expected)
-    for i, (left, right) in enumerate(zip(actual, expected, strict=True)):
-        where = f"result {i} after {trace.names}"
-        assert (left.shape, left.dtype) == (right.shape, right.dtype), where
-        assert left.is_contiguous(), where
+    assert_same(actual, op(*arguments), f"after {trace.names}")
+    return trace
+
+
+def assert_same(actual: Any, expected: Any, where: str) -> None:
+    """Checks that results have the same bits, but for the bits of NaN, and are contiguous."""
+    pairs = zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True)
+    for i, (left, right) in enumerate(pairs):
+        assert (left.shape, left.dtype) == (right.shape, right.dtype), f"result {i} {where}"
+        assert left.is_contiguous(), f"result {i} {where}"
         wrong = (bytes_of(left) != bytes_of(right)).view(left.numel(), left.itemsize).any(1).view(left.shape)
         if left.dtype.is_floating_point and left.itemsize > 1:
             wrong &= ~(left.isnan() & right.isnan())
-        count = int(wrong.sum())
-        assert not count, f"{where}: {count} of {wrong.numel()} differ, first {wrong.nonzero()[:3].tolist()}"
-    return trace
+        first = wrong.nonzero()[:3].tolist()
+        assert not first, f"result {i} {where}: {int(wrong.sum())} of {wrong.numel()} differ, first {first}"
 
 
 LAYOUTS = ("contiguous", "offset", "columns apart", "rows apart", "padded", "transposed", "repeated")
