@@ -1,9 +1,9 @@
 """The Hopper kernels in plain torch, so that what launches them, ``ops/dispatch``, runs and is tested without a GPU.
 
 Under :func:`emulated_hopper` a CUDA implementation called with CPU tensors launches the functions of
-``emulated_kernels.py``. They take the
-arguments of a launch and do what the kernel does with them: they were written from the kernels' sources, not from the
-code that launches them. What a launch would not survive is an ``AssertionError`` that names the kernel:
+``emulated_kernels.py``. They take the arguments of a launch and do what the kernel does with them: they were written
+from the kernels' sources, not from the code that launches them. What a launch would not survive, or must not get, is an
+``AssertionError`` that names the kernel:
 
 - arguments that the compiled kernel refuses: dtype, rank, sizes that must agree or divide, strides, alignment, 32-bit
   range. The rules are those of the fake tensors of the kernel's ``build``, checked as TVM FFI checks them;
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
 from dsv4_compile.ops.dispatch import fresh_weights
 from dsv4_compile.ops.kernels import cache, compilation, device
@@ -82,12 +82,17 @@ def emulated_hopper(sms: int = device.HOPPER_SM_COUNT) -> Iterator[Trace]:
             order.ordinary()
             return (a.double() @ b.double()).to(options["out_dtype"])
 
-    real_mm = torch.mm
+    def tolist(x: Tensor) -> Any:
+        assert not isinstance(_get_current_dispatch_mode(), _Host), "the host reads a value: tolist"
+        return real_tolist(x)
+
+    real_mm, real_tolist = torch.mm, Tensor.tolist
     with pytest.MonkeyPatch.context() as patch, _Host(order):
         patch.setattr(cache, "kernel", kernel)
         patch.setattr(device, "_sm_count", lambda index: sms)
         patch.setattr(device, "_capability", lambda index: (9, 0))
         patch.setattr(torch, "mm", mm)
+        patch.setattr(Tensor, "tolist", tolist)
         yield trace
 
 
