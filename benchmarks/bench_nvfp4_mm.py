@@ -14,10 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import copies_beyond_l2, measure_peaks, record, time_variants
+from harness import measure_peaks, record
 from torch import Tensor
 
 from dsv4_compile.ops import nvfp4_mm, nvfp4_weight_mm, quantize_nvfp4
+from dsv4_compile.timing import copies_beyond_l2, time_variants
 
 SHAPES = ((4096, 4096), (32768, 1024), (7168, 16384))  # N, K
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
