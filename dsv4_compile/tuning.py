@@ -143,7 +143,7 @@ def tune_calls(
     known = {} if compile_only or again else tuning.answers(gpu)
     wanted = {key: entry for key, entry in asked.items() if key not in known}
     kernels = {
-        key: {name: _kernels(call, question, name) for name in question.variants}
+        key: {name: kernels_of_variant(call, question, name) for name in question.variants}
         for key, (call, question) in wanted.items()
     }
     every = dict.fromkeys(kernel for variants in kernels.values() for needed in variants.values() for kernel in needed)
@@ -201,7 +201,8 @@ def questions_of(calls: Iterable[Call]) -> dict[str, tuple[Call, Question]]:
     return found
 
 
-def _kernels(call: Call, question: Question, name: str) -> list[Kernel]:
+def kernels_of_variant(call: Call, question: Question, name: str) -> list[Kernel]:
+    """The kernels that a call runs when a question of it is answered by a variant."""
     with cache.recording() as recorded, tuning.forced(question.key, name):
         CUDA_IMPLEMENTATIONS[call.op](*call.arguments)
     return list(recorded)

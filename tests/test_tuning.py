@@ -69,6 +69,9 @@ def product(tokens: int, *rows: int, k: int = 512) -> Call:
     return Call(torch.ops.dsv4.nvfp4_mm.default, (*activation, *weights, scales, None, torch.bfloat16))
 
 
+GPU_CALLS = [product(1, 256), product(64, 256), product(300, 256)]
+
+
 def test_buckets() -> None:
     """Guards against answers for one count used far away, and against a count in a bucket below it."""
     buckets = [answers.bucket(tokens) for tokens in range(1, 20000)]
@@ -98,7 +101,7 @@ def test_a_variant_decides_what_runs() -> None:
     """Guards against variants that are timed under different names and run the same kernels."""
     for tokens in (1, 20, 64, 2000):
         ((call, question),) = questions_of([product(tokens, 4096, k=4096)]).values()
-        launched = {name: tuple(tuning._kernels(call, question, name)) for name in question.variants}
+        launched = {name: tuple(tuning.kernels_of_variant(call, question, name)) for name in question.variants}
         one_part = {name: kernels for name, kernels in launched.items() if name != nvfp4_mm.PLAN}
         assert len(set(one_part.values())) == len(one_part) > 3
         decode = {
@@ -283,9 +286,11 @@ def test_without_a_compiler(measured: dict[str, Any], monkeypatch: pytest.Monkey
     call = product(64, 256)
     ((_, question),) = questions_of([call]).values()
     known = [question.default, next(name for name in question.variants if name != question.default)]
-    measured["cached"] = {kernel for name in known for kernel in tuning._kernels(call, question, name)}
+    measured["cached"] = {kernel for name in known for kernel in tuning.kernels_of_variant(call, question, name)}
     available = [
-        name for name in question.variants if measured["cached"].issuperset(tuning._kernels(call, question, name))
+        name
+        for name in question.variants
+        if measured["cached"].issuperset(tuning.kernels_of_variant(call, question, name))
     ]
 
     def compile_all(kernels: list[Any], jobs: int, console: Console) -> None:
@@ -415,7 +420,7 @@ def test_tunes_on_a_gpu() -> None:
     x = ops.quantize_nvfp4(torch.randn(1, 512, device="cuda"), "tensor")
     weight = nvfp4.quantize_weight(torch.randn(256, 512, device="cuda"))
     before = ops.nvfp4_mm(*x, *([part] for part in weight))
-    report = tune_calls([product(1, 256), product(64, 256), product(300, 256)], console=QUIET)
+    report = tune_calls(GPU_CALLS, console=QUIET)
     assert report.wrong == ()
     assert len(report.answers) == 3
     assert all(answer.us <= answer.default_us for answer in report.answers.values())
