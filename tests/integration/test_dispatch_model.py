@@ -112,5 +112,5 @@ def test_every_operator_agrees_with_the_cpu(width: str, gsa: str, monkeypatch: p
 
     for tokens in (1, 7, 33, 260):
         for call in calls.values():
-            arguments = pytree.tree_map_only(Tensor, filled, warming._resized(call.arguments, tokens))
+            arguments = pytree.tree_map_only(Tensor, filled, call.at(tokens).arguments)
             assert_as_on_cpu(call.op, *arguments)

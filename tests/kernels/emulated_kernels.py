@@ -109,6 +109,18 @@ def _quotient(n: Tensor, multiplier: int, shift: int) -> Tensor:
 # The products
 
 
+def _check_decode_block(config: DecodeConfig, k: int) -> None:
+    """What the kernel takes for granted of a block: threads, loads, steps that stages share, room for one stage."""
+    block_rows = 16 * config.row_tiles * config.row_warps
+    assert 32 * (config.row_warps * config.k_warps + 1) <= 1024
+    assert block_rows <= 256
+    assert block_rows % config.splits == 0
+    assert config.splits <= 8
+    assert config.stage_steps in (1, 2, 4)
+    assert config.k_warps % config.stage_steps == 0 or config.stage_steps % config.k_warps == 0
+    assert _decode_slots(config, k) >= 1, "no room in shared memory"
+
+
 def _decode_slots(config: DecodeConfig, k: int) -> int:
     """Stages that the ring in shared memory holds for each class of warp groups, as the kernel divides it up."""
     steps = k // 256
@@ -147,7 +159,8 @@ def _decode_dense(
     assert 0 < tokens <= config.token_slots
     assert num_ctas > 0
     assert num_ctas % config.splits == 0
-    assert _decode_slots(config, k) >= 1, "no room in shared memory"
+    assert k // 256 >= config.splits
+    _check_decode_block(config, k)
     a = _decode_activation(config, x, x_scales, torch.arange(tokens), k)
     column = 0
     for i in range(config.num_weights):
@@ -218,7 +231,7 @@ def _decode_grouped(
     assert num_ctas > 0
     assert config.splits == 1
     assert out.shape[1] == (rows // 2 if is_swiglu else rows)
-    assert _decode_slots(config, k) >= 1, "no room in shared memory"
+    _check_decode_block(config, k)
     if config.has_schedule:
         tiles = _tiles(schedule, out.shape[0], experts)
     else:

@@ -33,7 +33,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
-from dsv4_compile.ops.dispatch import fresh_weights
+from dsv4_compile.ops.dispatch import fresh_weights, tuning
 from dsv4_compile.ops.kernels import cache, compilation, device
 from dsv4_compile.ops.registration import CUDA_IMPLEMENTATIONS
 from tests.gpu import bytes_of
@@ -253,6 +253,21 @@ def assert_as_on_cpu(op: OpOverload, *arguments: Any, sms: int = device.HOPPER_S
     actual, trace = emulated(op, *arguments, sms=sms)
     assert_same(actual, op(*arguments), f"after {trace.names}")
     return trace
+
+
+def assert_every_variant_as_on_cpu(op: OpOverload, *arguments: Any, sms: int = device.HOPPER_SM_COUNT) -> set[str]:
+    """:func:`assert_as_on_cpu` with each variant that tuning may choose; returns the names of those."""
+    names = set()
+    with tuning.asking() as asked:
+        emulated(op, *arguments, sms=sms)
+    expected = op(*arguments)
+    for key, question in asked.items():
+        for name in question.variants:
+            with tuning.forced(key, name):
+                actual, trace = emulated(op, *arguments, sms=sms)
+            assert_same(actual, expected, f"with {name!r} for {key!r}, after {trace.names}")
+            names.add(name)
+    return names
 
 
 def assert_same(actual: Any, expected: Any, where: str) -> None:

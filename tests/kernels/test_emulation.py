@@ -94,7 +94,7 @@ def test_tiles_outside() -> None:
     def multiply(rows: list[list[int]], tile_rows: int) -> None:
         schedule = torch.tensor([*rows, [-1] * 4], dtype=torch.int32)
         if tile_rows == 8:
-            config = decode_mm.choose_grouped(12, 256, False, False, False, torch.float32)
+            config = decode_mm.choose_grouped(decode_mm.GROUPED_FEW, 256, False, False, False, torch.float32)
             decode_mm.grouped_decode_mm(config, x, None, scale[:1], codes, scales, scale.view(2, 1), schedule, out)
         else:
             grouped_wgmma.grouped_wgmma(x, None, codes, scales, scale, schedule, tile_rows, out)

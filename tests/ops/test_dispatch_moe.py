@@ -12,7 +12,13 @@ from torch import Tensor
 
 from dsv4_compile import nvfp4
 from dsv4_compile.ops.registration import CUDA_IMPLEMENTATIONS
-from tests.kernels.emulation import LAYOUTS, assert_as_on_cpu, emulated_hopper, stored
+from tests.kernels.emulation import (
+    LAYOUTS,
+    assert_as_on_cpu,
+    assert_every_variant_as_on_cpu,
+    emulated_hopper,
+    stored,
+)
 from tests.ops.test_nvfp4_moe_gpu import ROUTINGS, Case, any_ids
 
 Packed = tuple[Tensor, Tensor, Tensor]
@@ -92,6 +98,16 @@ def test_every_size_of_tile(tokens: int) -> None:
     for width, position in ((256, "before_down"), (16, "after_down")):
         case = Case(tokens, 2, 3, width, width, "any", position, is_token=True)
         assert_as_on_cpu(OP, *arguments(case))
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40, 200])
+def test_every_variant(tokens: int) -> None:
+    """Guards against a variant that tuning may choose whose tiles are not those of the schedule, or that does not fit."""
+    names: set[str] = set()
+    for position in POSITIONS:
+        case = Case(tokens, 2, 4, 256, 512, "any", position, has_halves=tokens > 5, is_token=tokens > 1)
+        names |= assert_every_variant_as_on_cpu(OP, *arguments(case))
+    assert len(names) >= 5
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from dsv4_compile.ops.dispatch import fresh_weights, nvfp4_mm
 from dsv4_compile.ops.registration import CUDA_IMPLEMENTATIONS
-from tests.kernels.emulation import LAYOUTS, assert_as_on_cpu, emulated_hopper, stored
+from tests.kernels.emulation import (
+    LAYOUTS,
+    assert_as_on_cpu,
+    assert_every_variant_as_on_cpu,
+    emulated_hopper,
+    stored,
+)
 from tests.ops import test_nvfp4_grouped_mm_gpu as grouped
 
 Packed = tuple[Tensor, Tensor, Tensor]
@@ -89,6 +95,20 @@ def test_dense_operand_in_a_layout(layout: str, operand: int) -> None:
             assert_as_on_cpu(ops.nvfp4_weight_mm.default, x, *b, None, torch.bfloat16)
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 16, 17, 32, 33, 130, 300])
+def test_every_dense_variant(tokens: int) -> None:
+    """Guards against a variant that tuning may choose and a launch refuses, or that does not fit: any splits, any tile."""
+    names: set[str] = set()
+    for rows, k in (((200,), 256), ((1000,), 1024), ((40, 8, 136, 16, 24), 2048)):
+        a = any_packed(tokens, k=k, scale_shape=random.choice([(), (tokens,)]))
+        b = lists([any_packed(n, k=k, scale_shape=scale_shape(n)) for n in rows])
+        bias = random.choice([None, torch.randn(sum(rows))])
+        x = torch.randn(tokens, k).bfloat16()
+        names |= assert_every_variant_as_on_cpu(ops.nvfp4_mm.default, *a, *b, bias, torch.bfloat16)
+        names |= assert_every_variant_as_on_cpu(ops.nvfp4_weight_mm.default, x, *b, bias, torch.float32)
+    assert len(names) >= 4
+
+
 @pytest.mark.parametrize("shape", [(0, (8,), 256), (3, (0, 0), 256), (3, (8,), 0), (40, (0, 8, 0, 16), 256)])
 def test_dense_without_some_of_it(shape: tuple[int, tuple[int, ...], int]) -> None:
     """Guards against a launch of nothing, and sums of nothing that are not written."""
@@ -160,6 +180,20 @@ def test_grouped_operand_in_a_layout(layout: str, operand: int) -> None:
             if isinstance(args[operand], Tensor) and not offsets_repeat:
                 args[operand] = stored(args[operand], layout)
                 assert_as_on_cpu(ops.nvfp4_grouped_mm.default, *args)
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+def test_every_grouped_variant(is_static: bool) -> None:
+    """Guards against a variant that tuning may choose whose tiles are not those of the schedule."""
+    names: set[str] = set()
+    for groups, rows in ((1, 1), (3, 12), (5, 65), (2, 300)):
+        shape = groups, -(-rows // groups) if is_static else rows, 48, 512
+        for kind in (1, 2):
+            args = grouped.arguments(shape, is_static, torch.bfloat16, False, kind)
+            names |= assert_every_variant_as_on_cpu(ops.nvfp4_grouped_mm.default, *args)
+            args[:2] = (part.contiguous() for part in args[:2])
+            names |= assert_every_variant_as_on_cpu(ops.nvfp4_grouped_mm.default, *args)
+    assert len(names) >= 6
 
 
 @pytest.mark.parametrize("ends", [[0, 0, 0], [7, 7, 7], [0, 0, 7], [1, 1, 2]])
