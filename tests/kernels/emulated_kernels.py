@@ -161,6 +161,7 @@ def _decode_dense(
     assert num_ctas % config.splits == 0
     assert k // 256 >= config.splits
     _check_decode_block(config, k)
+    assert all(part.shape[0] for part in global_scales), "the first is read of weights without rows too"
     a = _decode_activation(config, x, x_scales, torch.arange(tokens), k)
     column = 0
     for i in range(config.num_weights):

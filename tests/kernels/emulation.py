@@ -283,21 +283,20 @@ def assert_same(actual: Any, expected: Any, where: str) -> None:
         assert not first, f"result {i} {where}: {int(wrong.sum())} of {wrong.numel()} differ, first {first}"
 
 
-LAYOUTS = ("contiguous", "offset", "columns apart", "rows apart", "padded", "transposed", "repeated")
+LAYOUTS = ("contiguous", "offset", "columns apart", "rows apart", "padded", "odd pitch", "transposed", "repeated")
 
 
 def stored(x: Tensor, layout: str) -> Tensor:
     """A tensor of the same values in another of :data:`LAYOUTS`; ``repeated`` shows its first element of dimension 0.
 
-    ``offset`` begins one element behind an aligned address; ``padded`` has 16 elements between rows.
+    ``offset`` begins one element behind an aligned address; ``padded`` has 16 elements between rows, ``odd pitch`` one.
     """
     if x.dim() == 0 or layout == "contiguous":
         return x.contiguous()
     if layout == "repeated":
         return x[:1].contiguous().expand(x.shape)
     sizes = list(x.shape)
-    if layout == "padded":
-        sizes[-1] += 16
+    sizes[-1] += {"padded": 16, "odd pitch": 1}.get(layout, 0)
     order = list(range(x.dim()))
     if layout == "transposed":
         order.reverse()

@@ -185,6 +185,6 @@ def test_layouts(shape: tuple[int, ...], layout: str) -> None:
         y = stored(x, layout)
         assert torch.equal(y.float(), (x[:1].expand(shape) if layout == "repeated" and shape else x).float())
     if shape == (2, 3, 4):
-        strides = {"contiguous": (12, 4, 1), "offset": (12, 4, 1), "columns apart": (24, 8, 2), "rows apart": (24, 4, 1), "padded": (60, 20, 1), "transposed": (1, 2, 6), "repeated": (0, 4, 1)}  # fmt: skip
+        strides = {"contiguous": (12, 4, 1), "offset": (12, 4, 1), "columns apart": (24, 8, 2), "rows apart": (24, 4, 1), "padded": (60, 20, 1), "odd pitch": (15, 5, 1), "transposed": (1, 2, 6), "repeated": (0, 4, 1)}  # fmt: skip
         assert y.stride() == strides[layout]
         assert (y.data_ptr() % 16 == 0) == (layout != "offset")
