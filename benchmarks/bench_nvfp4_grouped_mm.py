@@ -16,12 +16,13 @@ import functools
 from typing import Any
 
 import torch
-from harness import copies_beyond_l2, measure_peaks, record, time_variants
+from harness import measure_peaks, record
 from rich.console import Console
 from rich.table import Table
 
 from dsv4_compile.ops import nvfp4_grouped_mm, quantize_nvfp4
 from dsv4_compile.ops.nvfp4_grouped_mm import reference
+from dsv4_compile.timing import copies_beyond_l2, time_variants
 
 N, K = 1024, 4096
 BYTES_OF_A_WEIGHT = 0.5625

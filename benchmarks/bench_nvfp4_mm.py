@@ -1,8 +1,9 @@
 """Times packed-weight products against cuBLAS bf16 in the same run, with the share of the measured roofline.
 
 Columns: ``cublas`` bf16 x bf16; ``w4a16`` is ``nvfp4_weight_mm``; ``w4a4`` is ``nvfp4_mm`` of a quantised activation,
-its expansion included; ``quack`` and ``humming`` where :data:`RIVALS` has them, else empty. Has not run as a whole yet:
-the figures of docs/measured.md come from the same harness, variant by variant.
+its expansion included; ``quack`` and ``humming`` (benchmarks/rivals.py) where they are installed, else empty. A rival
+that fails or gives a wrong result is named with what it said, and stands in the results as that. Has not run as a whole
+yet: the figures of docs/measured.md come from the same harness, variant by variant.
 
     python benchmarks/bench_nvfp4_mm.py [--tokens 1 16 64] [--replays 20]
 """
@@ -13,18 +14,17 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+import rivals
 import torch
-from harness import copies_beyond_l2, measure_peaks, record, time_variants
+from harness import measure_peaks, record
 from torch import Tensor
 
 from dsv4_compile.ops import nvfp4_mm, nvfp4_weight_mm, quantize_nvfp4
+from dsv4_compile.timing import copies_beyond_l2, time_variants
 
 SHAPES = ((4096, 4096), (32768, 1024), (7168, 16384))  # N, K
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 WEIGHT_BYTES = 0.5625  # an element: half a byte of code, a sixteenth of a byte of scale
-
-# name -> a function of (x, codes, block_scales, global_scale) that prepares its weight and returns the timed call
-RIVALS: dict[str, Callable[..., Callable[[], Any]]] = {}
 
 
 def any_weight(n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,14 +56,21 @@ def measure(n: int, k: int, tokens: int, weights: list[Any], dense: list[Tensor]
         "w4a16": [lambda w=w: nvfp4_weight_mm(x, *([part] for part in w)) for w in weights],
         "w4a4": [lambda w=w: nvfp4_mm(*packed, *([part] for part in w)) for w in weights],
     }
-    for name, prepare in RIVALS.items():
-        variants[name] = [prepare(x, *w) for w in weights]
+    failed: dict[str, str] = {}
+    for name, prepare in rivals.installed().items():
+        try:
+            calls = [prepare(x, *w) for w in weights]
+            check(x, weights[0], calls[0]())
+        except rivals.FAILURES as error:
+            failed[f"{name}_failed"] = f"{type(error).__name__}: {error}"[:200]
+        else:
+            variants[name] = calls
     times = time_variants(variants, replays=replays)
     row: dict[str, Any] = {"n": n, "k": k, "tokens": tokens}
     for name in ("cublas", "w4a16", "w4a4", "quack", "humming"):
         row[f"{name}_us"] = round(times[name].median_us, 2) if name in times else None
         row[f"{name}_spread_us"] = round(times[name].max_us - times[name].min_us, 2) if name in times else None
-    return row
+    return row | failed
 
 
 def main() -> None:

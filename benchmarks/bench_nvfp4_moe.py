@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import measure_peaks, record, time_variants
+from harness import measure_peaks, record
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from dsv4_compile.ops import nvfp4_moe, quantize_nvfp4
 from dsv4_compile.ops.nvfp4_moe import reference
+from dsv4_compile.timing import time_variants
 
 LIMIT = 10.0
 CALLS = 8  # a graph, each with its own tokens and routing

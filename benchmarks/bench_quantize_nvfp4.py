@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import copies_beyond_l2, measure_peaks, record, time_variants
+from harness import measure_peaks, record
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch import Tensor
 from dsv4_compile import nvfp4
 from dsv4_compile.ops import quantize_nvfp4, rms_norm_quantize_nvfp4, swiglu_quantize_nvfp4
 from dsv4_compile.ops.rms_norm_quantize_nvfp4 import rms_norm
+from dsv4_compile.timing import copies_beyond_l2, time_variants
 
 SHAPES = ("1x4096", "16x4096", "64x4096", "256x4096", "1024x4096", "16384x4096", "16384x7168")
 LIMIT, EPS = 10.0, 1e-6

@@ -15,43 +15,33 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from harness import copies_beyond_l2, measure_peaks, record, time_variants
+from harness import measure_peaks, record
 from torch import Tensor
 
 from dsv4_compile import nvfp4
 from dsv4_compile.ops.dispatch import decode_mm
-from dsv4_compile.ops.dispatch.decode_mm import SMEM_KIB, STEP_K, TOKEN_SLOTS, Config
+from dsv4_compile.ops.dispatch.decode_mm import Config
 from dsv4_compile.ops.dispatch.moe_align import align
+from dsv4_compile.timing import copies_beyond_l2, time_variants
 
 SHAPES = ((4096, 4096), (32768, 1024), (7168, 16384))
-BLOCKS = ((1, 1, 16), (2, 1, 8), (1, 2, 8), (1, 4, 4), (2, 2, 4), (2, 2, 8), (2, 4, 4), (1, 16, 1), (2, 8, 2))
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 256, 6, 4096, 2048
-GROUPED_BLOCKS = ((2, 2, 4), (2, 2, 8), (2, 4, 2), (1, 4, 4))
 BYTES_A_WEIGHT = 0.5625
 SMS = 132
 
 
-def dense_variants(rows: int, k: int, tokens: int) -> Iterator[Config]:
-    """Variants that fit and leave one wave of CTAs with at least half the multiprocessors busy."""
-    slots = next(size for size in TOKEN_SLOTS if size >= tokens)
-    for (row_tiles, row_warps, k_warps), stage_steps, splits in itertools.product(BLOCKS, (1, 2), (1, 2, 4)):
-        config = Config(slots, row_tiles, row_warps, k_warps, stage_steps, splits, "packed", 1, False, "bf16", SMEM_KIB)
-        ctas = -(-rows // config.block_rows) * splits
-        if k_warps % stage_steps and stage_steps % k_warps:
-            continue
-        if SMS // 2 <= ctas <= SMS and k // STEP_K >= splits * k_warps and config.class_slots(k) >= 1:
-            yield config
+def dense_variants(rows: int, k: int, tokens: int) -> list[Config]:
+    """The variants that ``dsv4-compile tune`` tries."""
+    return decode_mm.variants(tokens, (rows,), k, "packed", False, torch.bfloat16, True)
 
 
 def grouped_variants(is_gate_up: bool) -> Iterator[Config]:
     """Variants of one of the two products of experts."""
-    mode, out_dtype = ("swiglu", "bf16") if is_gate_up else ("grouped", "fp32")
-    activation = "packed" if is_gate_up else "bf16"
-    for row_tiles, row_warps, k_warps in GROUPED_BLOCKS:
-        yield Config(
-            decode_mm.GROUPED_TILE_ROWS, row_tiles, row_warps, k_warps, 2, 1, activation, 1, False, out_dtype, SMEM_KIB,
-            mode, is_gate_up,
-        )  # fmt: skip
+    k, out_dtype = (HIDDEN, torch.bfloat16) if is_gate_up else (INTERMEDIATE, torch.float32)
+    for block in decode_mm.GROUPED_BLOCKS:
+        config = decode_mm.choose_grouped(block, k, is_gate_up, is_gate_up, False, out_dtype)
+        if config is not None:
+            yield config
 
 
 def random_weights(*shape: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 
 from dsv4_compile import ops, passes
 from dsv4_compile.binding import BoundGraph, bind_weights, runner
+from dsv4_compile.ops.dispatch import tuning
 from dsv4_compile.options import REQUIRED_BY_BACKEND, Options
 from dsv4_compile.passes import run_passes
 from dsv4_compile.printing import format_graph
@@ -65,13 +66,18 @@ class RewriteGraph(CustomGraphPass):
             self.observe(graph, before, counts)
         for other in self.others:
             other(graph)
+        if self.options.tunes:
+            from dsv4_compile.tuning import tune_graph  # imports this module
+
+            tune_graph(graph)
 
     def uuid(self) -> Any:
         """Part of the key of Inductor's cache: the options, and the source of every pass and operator."""
         others = [other.uuid() if isinstance(other, CustomGraphPass) else None for other in self.others]
         if self.observe is not None or self.options.dump or None in others:
             return None  # a cached graph would never be shown to the observer
-        return get_hash_for_files(_source_files(), repr((self._choices(), others)))
+        kernels = tuning.sources_digest() if self.options.tunes else ""  # other ones are timed again
+        return get_hash_for_files(_source_files(), repr((self._choices(), others, kernels)))
 
     def _choices(self) -> tuple[str, bool, str]:
         return self.options.gsa, self.options.merge_gemms, self.options.activations

@@ -43,6 +43,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warm.add_argument("--activations", choices=ACTIVATIONS, default="nvfp4", help="bf16 for W4A16")
     warm.add_argument("--jobs", type=int, help="compiling processes (default one a core, at most 8)")
 
+    tune = commands.add_parser(
+        "tune", help="time the variants of each product of a model on this GPU; keep the fastest"
+    )
+    tune.add_argument(
+        "--config", metavar="PATH", help="folder of a model, or its config.json; default DeepSeek V4 Flash"
+    )
+    tune.add_argument("--layers", type=int, help="look at the first layers only (default: until every kind was seen)")
+    tune.add_argument(
+        "--tokens", type=int, nargs="+", metavar="N", help="numbers of tokens of a call (default 1 to 4096)"
+    )
+    tune.add_argument("--gsa", choices=nvfp4.GRANULARITIES, default="tensor", help="granularity of the global scale")
+    tune.add_argument("--activations", choices=ACTIVATIONS, default="nvfp4", help="bf16 for W4A16")
+    tune.add_argument("--again", action="store_true", help="time what was timed before too")
+    tune.add_argument("--compile-only", action="store_true", help="compile the variants, for a GPU without a compiler")
+    tune.add_argument("--jobs", type=int, help="compiling processes (default one a core, at most 8)")
+
     quantize = commands.add_parser("quantize", help="write a checkpoint as NVFP4 in ModelOpt's layout")
     quantize.add_argument("source", help="a .safetensors file, an index.json, or a folder with either")
     quantize.add_argument("destination", help="folder to write; one that an interrupted run left is gone on with")
@@ -131,6 +147,25 @@ def _warm(parsed: argparse.Namespace) -> int:
     if report.without_kernel:
         console.print(f"no kernel for {parsed.arch} yet: {', '.join(report.without_kernel)}")
     return 0
+
+
+def _tune(parsed: argparse.Namespace) -> int:
+    from dsv4_compile.tuning import TOKENS, tune
+
+    console = Console()
+    report = tune(
+        model_on_meta(parsed.config, parsed.layers or "every kind"),
+        tokens=parsed.tokens or TOKENS,
+        options={"gsa": parsed.gsa, "activations": parsed.activations},
+        compile_only=parsed.compile_only,
+        again=parsed.again,
+        jobs=parsed.jobs,
+        console=console,
+    )
+    if report.answers:
+        console.print(report.table())
+    console.print(report.summary())
+    return 1 if report.wrong else 0
 
 
 def _quantize(parsed: argparse.Namespace) -> int:
@@ -253,6 +288,7 @@ _COMMANDS = {
     "demo": _demo,
     "explain": _explain,
     "warm": _warm,
+    "tune": _tune,
     "inspect": _inspect,
     "quantize": _quantize,
     "compare": _compare,

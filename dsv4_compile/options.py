@@ -34,7 +34,9 @@ class Options:
         exclude: parameter-name patterns to leave alone; nothing by default when ``include`` is given.
         merge_gemms: run the linears that read one activation as one GEMM.
         dump: file to which each graph is appended before and after the passes; "-" for standard error; "" for none.
-        mode: a torch.compile mode, for when ``options`` is given (torch.compile does not take both).
+        mode: a torch.compile mode, for when ``options`` is given (torch.compile does not take both). The ones with
+            ``max-autotune`` also time the variants of our kernels for the shapes of each graph on a GPU, once: see
+            :mod:`dsv4_compile.tuning`.
         inductor: every other option, checked against and handed to ``torch._inductor.config``.
     """
 
@@ -105,6 +107,11 @@ class Options:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"dsv4: option {name} must be one of {', '.join(allowed)}, got {value!r}")
+
+    @property
+    def tunes(self) -> bool:
+        """Whether the variants of kernels are timed at compile time."""
+        return self.mode.startswith("max-autotune")
 
     def inductor_config(self, dynamic: bool | None = None) -> dict[str, Any]:
         """The Inductor settings that mode and options amount to."""

@@ -33,10 +33,22 @@ TRACED_TOKENS = 1009
 
 @dataclass(frozen=True)
 class Call:
-    """A call of an operator with meta tensors, as it was traced at :data:`TRACED_TOKENS` tokens."""
+    """A call of an operator with meta tensors."""
 
     op: OpOverload
     arguments: tuple[Any, ...]
+
+    def at(self, tokens: int) -> Call:
+        """The call, traced at :data:`TRACED_TOKENS` tokens, at another number of them; strides keep their order."""
+
+        def scaled(size: int) -> int:
+            return size // TRACED_TOKENS * tokens if size % TRACED_TOKENS == 0 else size
+
+        def resized(x: Tensor) -> Tensor:
+            shape, strides = [scaled(size) for size in x.shape], [scaled(stride) for stride in x.stride()]
+            return torch.empty_strided(shape, strides, dtype=x.dtype, device="meta")
+
+        return Call(self.op, pytree.tree_map_only(Tensor, resized, self.arguments))
 
 
 def token_counts(max_tokens: int = MAX_TOKENS) -> list[int]:
@@ -46,15 +58,13 @@ def token_counts(max_tokens: int = MAX_TOKENS) -> list[int]:
 
 
 def model_calls(model: Any, options: Mapping[str, Any] | None = None) -> list[Call]:
-    """The distinct operator calls of a causal language model on the meta device."""
+    """The distinct operator calls of a causal language model on the meta device, at :data:`TRACED_TOKENS` tokens."""
     parsed = Options.parse(None, options)
     calls: dict[str, Call] = {}
 
     def observe(graph: fx.Graph, before: str, counts: dict[str, int]) -> None:
-        for node in graph.nodes:
-            if isinstance(node.target, OpOverload) and node.target.namespace == NAMESPACE:
-                call = Call(node.target, fx.map_arg(node.args, _as_meta))
-                calls.setdefault(str(call), call)
+        for call in calls_of(graph.nodes):
+            calls.setdefault(str(call), call)
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         bound = prepare(gm, example_inputs, parsed)
@@ -73,12 +83,26 @@ def _generate_nothing(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwarg
     return gm.forward
 
 
+def calls_of(nodes: Iterable[fx.Node]) -> list[Call]:
+    """The calls of our operators among the nodes of a traced graph; of a size that is a symbol, its hint."""
+    with torch.utils._python_dispatch._disable_current_modes():  # not fake tensors of the trace
+        return [
+            Call(node.target, fx.map_arg(node.args, _as_meta))
+            for node in nodes
+            if isinstance(node.target, OpOverload) and node.target.namespace == NAMESPACE
+        ]
+
+
 def _as_meta(node: fx.Node) -> Any:
     value = node.meta["val"]
     if not isinstance(value, Tensor):
         return value
-    with torch.utils._python_dispatch._disable_current_modes():  # not a fake tensor of the trace
-        return torch.empty_strided(tuple(value.shape), value.stride(), dtype=value.dtype, device="meta")
+    shape, strides = ([_hint(size) for size in sizes] for sizes in (value.shape, value.stride()))
+    return torch.empty_strided(shape, strides, dtype=value.dtype, device="meta")
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
 
 
 def kernels_of(calls: Iterable[Call], tokens: Sequence[int]) -> tuple[list[Kernel], set[str]]:
@@ -92,22 +116,9 @@ def kernels_of(calls: Iterable[Call], tokens: Sequence[int]) -> tuple[list[Kerne
             continue
         for count in tokens:
             with cache.recording() as recorded:
-                implementation(*_resized(call.arguments, count))
+                implementation(*call.at(count).arguments)
             wanted.update(recorded)
     return list(wanted), without
-
-
-def _resized(arguments: tuple[Any, ...], tokens: int) -> Any:
-    """Traced arguments at another number of tokens, the order of each tensor's dimensions in memory kept."""
-
-    def scaled(size: int) -> int:
-        return size // TRACED_TOKENS * tokens if size % TRACED_TOKENS == 0 else size
-
-    def resized(x: Tensor) -> Tensor:
-        shape, strides = [scaled(size) for size in x.shape], [scaled(stride) for stride in x.stride()]
-        return torch.empty_strided(shape, strides, dtype=x.dtype, device="meta")
-
-    return pytree.tree_map_only(Tensor, resized, arguments)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from dsv4_compile import backend, nvfp4, quantize_
 from dsv4_compile.backend import RewriteGraph
+from dsv4_compile.ops.dispatch import tuning
 from dsv4_compile.options import Options
 from dsv4_compile.testing import Capture, capture
 
@@ -263,11 +264,20 @@ def uuid(**options: Any) -> Any:
 
 def test_options_are_part_of_the_cache_key() -> None:
     """Guards against code compiled with other options out of the cache."""
-    assert uuid() == uuid() == uuid(exclude=["x"], mode="max-autotune")
-    uuids = [uuid(), uuid(gsa="token"), uuid(gsa="tensor_pow2"), uuid(merge_gemms=False)]
+    assert uuid() == uuid() == uuid(exclude=["x"], mode="reduce-overhead")
+    uuids = [uuid(), uuid(mode="max-autotune"), uuid(gsa="token"), uuid(gsa="tensor_pow2"), uuid(merge_gemms=False)]
     uuids.append(uuid(gsa="token", merge_gemms=False))
     assert len(set(uuids)) == len(uuids)
     assert None not in uuids
+
+
+def test_kernels_are_part_of_the_cache_key_of_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a graph out of the cache whose products were timed with other kernels, or never."""
+    before = uuid(), uuid(mode="max-autotune")
+    monkeypatch.setattr(tuning, "sources_digest", lambda: "others")
+    after = uuid(), uuid(mode="max-autotune")
+    assert before[0] == after[0]
+    assert before[1] != after[1]
 
 
 def test_a_graph_that_someone_wants_to_see_is_not_cached() -> None:

@@ -23,7 +23,9 @@ from dsv4_compile.cli import model_on_meta
 from dsv4_compile.demo import CONTEXT, demo_model
 from dsv4_compile.ops.kernels import cache
 from dsv4_compile.ops.registration import CUDA_IMPLEMENTATIONS
+from dsv4_compile.tuning import kernels_of_variant, questions_of
 from dsv4_compile.warming import Kernel, compile_all, kernels_of, model_calls
+from tests import test_tuning
 from tests.integration import test_gpu_model
 from tests.kernels import test_sm90_decode, test_sm90_moe, test_sm90_quantizers, test_sm90_wgmma
 from tests.ops import test_nvfp4_grouped_mm_gpu, test_nvfp4_mm_gpu, test_nvfp4_moe_gpu
@@ -103,6 +105,13 @@ def recorded(calls: Iterator[tuple[Any, ...]]) -> list[Kernel]:
     return list(wanted)
 
 
+def tuned_kernels() -> Iterator[Kernel]:
+    """The variants that the GPU test of tuning times."""
+    for call, question in questions_of(test_tuning.GPU_CALLS).values():
+        for name in question.variants:
+            yield from kernels_of_variant(call, question, name)
+
+
 def model_kernels() -> Iterator[Kernel]:
     """The models of the GPU test in each granularity, and V4 Flash at the benchmarks' numbers of tokens."""
     for changes, granularity in itertools.product(test_gpu_model.WIDTHS.values(), nvfp4.GRANULARITIES):
@@ -128,7 +137,11 @@ def all_kernels() -> list[Kernel]:
         *(("sm90.wgmma_w4", wgmma.Config("dense", 256, multicast=2, out_dtype="fp32")) for _ in range(1)),
         ("sm90.wgmma_w4", wgmma.grouped_config("swiglu", 64, has_row_scale=False, has_amax=True)),
     ]
-    return list(dict.fromkeys([*listed, *recorded(product_calls()), *recorded(reduction_calls()), *model_kernels()]))
+    return list(
+        dict.fromkeys(
+            [*listed, *recorded(product_calls()), *recorded(reduction_calls()), *tuned_kernels(), *model_kernels()]
+        )
+    )
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,10 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dsv4_compile.ops.dispatch.alignment import aligned as aligned
 from dsv4_compile.ops.kernels import cache
 from dsv4_compile.ops.kernels.device import HOPPER_SM_COUNT, sm_count
 
 STEP_K = 256  # K of a product must be a multiple
+TILE_ROWS = 16  # weight rows of a tensor-core instruction
 MAX_TOKENS = 32
 MAX_WEIGHTS = 4  # of one launch
 MAX_STAGES = 32
@@ -27,9 +30,15 @@ BLOCK_SHAPES = ((1, 1, 16, 1), (2, 1, 8, 1), (1, 4, 4, 2), (2, 4, 4, 1), (2, 8, 
 FEW_WARPS_TOKENS = 16
 FEW_WARPS_BLOCK_SHAPES = ((1, 1, 8, 1), (2, 1, 8, 1), (2, 2, 4, 2), (2, 4, 2, 1), (2, 8, 1, 1))
 LARGEST_BLOCK_ROWS = 256
+MANY_TOKENS_WARPS = 8
+SPLITS = (1, 2, 4, 8)
+# Row tiles, row warps and K warps that tuning tries; benchmarks/sweep_decode_mm.py times them.
+TUNED_BLOCKS = ((1, 1, 8), (1, 1, 16), (2, 1, 8), (1, 2, 8), (1, 4, 4), (2, 2, 4), (2, 4, 2), (2, 4, 4), (2, 8, 1),
+                (2, 8, 2), (1, 16, 1))  # fmt: skip
 GROUPED_TILE_ROWS = 8
 GROUPED_FEW_ROWS = 48
 GROUPED_FEW, GROUPED_MANY = (2, 2, 4), (2, 2, 8)
+GROUPED_BLOCKS = (GROUPED_FEW, GROUPED_MANY, (2, 4, 2), (1, 4, 4))
 OUT_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -80,7 +89,13 @@ class Config:
     @property
     def block_rows(self) -> int:
         """Weight rows of a CTA."""
-        return 16 * self.row_tiles * self.row_warps
+        return TILE_ROWS * self.row_tiles * self.row_warps
+
+    @property
+    def block_name(self) -> str:
+        """Name of the choices that a shape leaves open."""
+        block = f"{self.row_tiles}x{self.row_warps}x{self.k_warps}"
+        return f"decode {block}, {self.stage_steps} steps a stage, {self.splits} splits"
 
     def class_slots(self, k: int) -> int:
         """Stages that the shared memory holds for each class of warp groups; below 1 the variant cannot run."""
@@ -103,12 +118,6 @@ def is_mappable(*tensors: Tensor) -> bool:
     )
 
 
-def aligned(x: Tensor) -> Tensor:
-    """``x`` contiguous, at an address that is a multiple of 16 bytes."""
-    x = x.contiguous()
-    return x if x.is_meta or x.data_ptr() % 16 == 0 else x.clone()
-
-
 def choose(
     tokens: int,
     weight_rows: Sequence[int],
@@ -123,47 +132,74 @@ def choose(
     A CTA takes as few rows as still leave one wave of CTAs, so that all of them finish together; where the activations
     do not fit beside a ring of weights, a cluster of CTAs shares K.
     """
-    return _choose(tokens, tuple(weight_rows), k, activation, has_bias, out_dtype, has_row_scale)
+    if not 0 < tokens <= MAX_TOKENS or k % STEP_K or not k:
+        return None
+    shapes = BLOCK_SHAPES if tokens <= FEW_WARPS_TOKENS else FEW_WARPS_BLOCK_SHAPES
+    rows = sum(weight_rows)
+    for splits in SPLITS:
+        for shape in shapes:
+            config = _dense(shape, splits, tokens, weight_rows, activation, has_bias, out_dtype, has_row_scale)
+            is_largest = config.block_rows == LARGEST_BLOCK_ROWS
+            if -(-rows // config.block_rows) * splits > HOPPER_SM_COUNT and (splits > 1 or not is_largest):
+                continue
+            if config.class_slots(k) >= 1:
+                return config
+    return None
 
 
-@functools.lru_cache(maxsize=4096)
-def _choose(
+def variants(
     tokens: int,
-    weight_rows: tuple[int, ...],
+    weight_rows: Sequence[int],
     k: int,
     activation: Literal["packed", "bf16"],
     has_bias: bool,
     out_dtype: torch.dtype,
     has_row_scale: bool,
-) -> Config | None:
+) -> list[Config]:
+    """Dense variants among which the fastest for a shape may be: those that fit, and keep half the device busy."""
     if not 0 < tokens <= MAX_TOKENS or k % STEP_K or not k:
-        return None
-    slots = next(size for size in TOKEN_SLOTS if size >= tokens)
-    shapes = BLOCK_SHAPES if tokens <= FEW_WARPS_TOKENS else FEW_WARPS_BLOCK_SHAPES
-    rows = sum(weight_rows)
-    for splits in (1, 2, 4, 8):
-        for row_tiles, row_warps, k_warps, stage_steps in shapes:
-            block_rows = 16 * row_tiles * row_warps
-            is_largest = block_rows == LARGEST_BLOCK_ROWS
-            if -(-rows // block_rows) * splits > HOPPER_SM_COUNT and (splits > 1 or not is_largest):
-                continue
-            config = Config(
-                token_slots=slots,
-                row_tiles=row_tiles,
-                row_warps=row_warps,
-                k_warps=k_warps,
-                stage_steps=stage_steps,
-                splits=splits,
-                activation=activation,
-                num_weights=1 if len(weight_rows) == 1 else MAX_WEIGHTS,
-                has_bias=has_bias,
-                out_dtype=OUT_DTYPE_NAMES[out_dtype],
-                smem_kib=SMEM_KIB,
-                has_row_scale=has_row_scale,
-            )
-            if config.class_slots(k) >= 1:
-                return config
-    return None
+        return []
+    found = []
+    for block, stage_steps, splits in itertools.product(TUNED_BLOCKS, (1, 2), SPLITS):
+        shape = (*block, stage_steps)
+        config = _dense(shape, splits, tokens, weight_rows, activation, has_bias, out_dtype, has_row_scale)
+        ctas = sum(-(-rows // config.block_rows) for rows in weight_rows) * splits
+        is_one_wave = ctas <= HOPPER_SM_COUNT or (splits == 1 and config.block_rows == LARGEST_BLOCK_ROWS)
+        is_busy = 2 * ctas >= HOPPER_SM_COUNT or config.block_rows == TILE_ROWS
+        steps_divide = config.k_warps % stage_steps == 0 or stage_steps % config.k_warps == 0
+        few_warps = tokens <= FEW_WARPS_TOKENS or config.row_warps * config.k_warps <= MANY_TOKENS_WARPS
+        if not (is_one_wave and is_busy and steps_divide and few_warps) or k // STEP_K < splits * config.k_warps:
+            continue
+        if config.class_slots(k) >= 1:
+            found.append(config)
+    return found
+
+
+def _dense(
+    shape: tuple[int, int, int, int],
+    splits: int,
+    tokens: int,
+    weight_rows: Sequence[int],
+    activation: Literal["packed", "bf16"],
+    has_bias: bool,
+    out_dtype: torch.dtype,
+    has_row_scale: bool,
+) -> Config:
+    row_tiles, row_warps, k_warps, stage_steps = shape
+    return Config(
+        token_slots=next(size for size in TOKEN_SLOTS if size >= tokens),
+        row_tiles=row_tiles,
+        row_warps=row_warps,
+        k_warps=k_warps,
+        stage_steps=stage_steps,
+        splits=splits,
+        activation=activation,
+        num_weights=1 if len(weight_rows) == 1 else MAX_WEIGHTS,
+        has_bias=has_bias,
+        out_dtype=OUT_DTYPE_NAMES[out_dtype],
+        smem_kib=SMEM_KIB,
+        has_row_scale=has_row_scale,
+    )
 
 
 def decode_mm(
@@ -203,9 +239,14 @@ def decode_mm(
     )
 
 
+def grouped_block(rows: int) -> tuple[int, int, int]:
+    """Row tiles, row warps and K warps of the grouped variant for a number of routed rows."""
+    return GROUPED_FEW if rows <= GROUPED_FEW_ROWS else GROUPED_MANY
+
+
 @functools.lru_cache(maxsize=4096)
 def choose_grouped(
-    rows: int,
+    block: tuple[int, int, int],
     k: int,
     is_packed: bool,
     is_swiglu: bool,
@@ -215,10 +256,17 @@ def choose_grouped(
     tile_rows: int = GROUPED_TILE_ROWS,
     has_old_schedule: bool = False,
 ) -> Config | None:
-    """The grouped variant for a number of routed rows in tiles of 1 or 8; None where K is not in steps."""
+    """The grouped variant of a block shape, tiles of 1 or 8 routed rows; None where K is not in steps.
+
+    Args:
+        block: row tiles, row warps and K warps: :func:`grouped_block`, or one of :data:`GROUPED_BLOCKS`.
+        k: K.
+        is_packed, is_swiglu, has_row_weight, out_dtype, has_schedule, has_old_schedule: see :class:`Config`.
+        tile_rows: 1 or 8, the most rows of a tile.
+    """
     if k % STEP_K or not k:
         return None
-    row_tiles, row_warps, k_warps = GROUPED_FEW if rows <= GROUPED_FEW_ROWS else GROUPED_MANY
+    row_tiles, row_warps, k_warps = block
     config = Config(
         token_slots=tile_rows,
         row_tiles=row_tiles,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv4_compile.ops.dispatch import division
+from dsv4_compile.ops.dispatch.alignment import aligned
 from dsv4_compile.ops.kernels import cache
 from dsv4_compile.ops.kernels.device import require_hopper
 
@@ -41,7 +42,7 @@ def dequantize_nvfp4(codes: Tensor, block_scales: Tensor, global_scale: Tensor, 
     # A global scale serves the same number of consecutive rows wherever it stands: of all, of a matrix, of a segment.
     scale_rows = rows // global_scale.numel()
     cache.kernel(KERNEL, DequantizeConfig(str(dtype).removeprefix("torch.")))(
-        codes.contiguous().view(-1),
+        aligned(codes, 8).view(-1),
         block_scales.contiguous().view(torch.uint8).view(-1),
         global_scale.contiguous().view(-1),
         out.view(-1),

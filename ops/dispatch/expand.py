@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv4_compile.ops.dispatch import division
+from dsv4_compile.ops.dispatch.alignment import aligned
 from dsv4_compile.ops.kernels import cache
 from dsv4_compile.ops.kernels.device import require_hopper
 
@@ -45,7 +46,7 @@ def expand(codes: Tensor, block_scales: Tensor, rows: Tensor | None = None, divi
         bf16 [M, K], contiguous.
     """
     require_hopper(OP, codes)
-    codes, block_scales = codes.contiguous(), block_scales.contiguous().view(torch.uint8)
+    codes, block_scales = aligned(codes), block_scales.contiguous().view(torch.uint8)
     count = codes.shape[0] if rows is None else rows.shape[0]
     out = codes.new_empty((count, 2 * codes.shape[1]), dtype=torch.bfloat16)
     row_pieces = out.shape[1] // PIECE_ELEMENTS

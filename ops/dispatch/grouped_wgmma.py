@@ -112,7 +112,7 @@ def grouped_wgmma(
         has_amax=partial_amax is not None,
     )
     experts = codes.shape[0]
-    scales = global_scale.reshape(1, 1) if global_scale.dim() == 0 else global_scale.reshape(experts, -1)
+    scales = global_scale.reshape(1, 1) if global_scale.dim() == 0 else global_scale.reshape(experts, -1).contiguous()
     unused = scales.reshape(-1)  # stands for an absent argument
     cache.kernel("sm90.wgmma_w4", config)(
         x,

@@ -16,6 +16,7 @@ SMALL_SLOTS = 128  # one thread a slot, sorted by comparing all with all
 SINGLE_CTA_SLOTS = 2048  # beyond, a cluster of CTAs shares the slots
 CLUSTER_CTAS = 8
 SCHEDULE_COLUMNS = 4
+MAX_SLOTS = CLUSTER_CTAS << 15  # a CTA counts its slots of an expert in 16 bits, and all may go to one
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def align(
         token_scale: fp32 [T], to be spread over the rows of each token; or None.
 
     Raises:
-        RuntimeError: more experts than the kernel counts.
+        RuntimeError: more experts or slots than the kernel counts.
     """
     torch._check(
         num_experts <= MAX_EXPERTS,
@@ -104,6 +105,10 @@ def align(
     )
     ids = topk_ids.reshape(-1)
     slots = ids.numel()
+    torch._check(
+        slots <= MAX_SLOTS,
+        lambda: f"nvfp4_moe: topk_ids must have at most {MAX_SLOTS} elements on a GPU, got {slots}",
+    )
     integers = torch.int32
     alignment = Alignment(
         ids.new_empty(slots, dtype=integers),

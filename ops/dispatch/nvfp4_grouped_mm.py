@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from dsv4_compile.ops.dispatch import decode_mm, fresh_weights
+from dsv4_compile.ops.dispatch import decode_mm, fresh_weights, tuning
 from dsv4_compile.ops.dispatch.expand import expand
 from dsv4_compile.ops.dispatch.expand_groups import expand_groups
 from dsv4_compile.ops.dispatch.grouped_unaligned import grouped_unaligned
 from dsv4_compile.ops.dispatch.grouped_wgmma import grouped_wgmma, supports_grouped_wgmma
 from dsv4_compile.ops.dispatch.moe_align import schedule_of_offsets
-from dsv4_compile.ops.dispatch.nvfp4_moe import DECODE_AVERAGE_ROWS, UNALIGNED_TILE_ROWS, tile_rows_of
+from dsv4_compile.ops.dispatch.nvfp4_moe import UNALIGNED_TILE_ROWS, Plan, grouped_plans
 from dsv4_compile.ops.dispatch.zero_tail import zero_tail
 from dsv4_compile.ops.kernels.device import require_hopper
 
@@ -42,14 +44,15 @@ def run(
     is_wide = supports_grouped_wgmma(b_codes.new_empty((rows, k), device="meta"), b_codes, b_block_scales)
     # Static groups inside the rows of an activation are expanded: one launch where two copies would be two.
     is_apart = offsets is None and not (a_codes.is_contiguous() and a_block_scales.is_contiguous())
-    config = None
+    plan, config = Plan("unaligned", UNALIGNED_TILE_ROWS), None
     if is_wide:
-        config = _decode_config(rows, b_codes, b_block_scales, out.dtype, not is_apart, offsets is not None or is_apart)
-    tile_rows = UNALIGNED_TILE_ROWS
-    if config is not None:
-        tile_rows = decode_mm.GROUPED_TILE_ROWS
-    elif is_wide:
-        tile_rows = tile_rows_of(rows, groups)
+        read_by_decode = decode_mm.is_mappable(b_codes, b_block_scales)
+        has_schedule = offsets is not None or is_apart
+        question = _question(rows, groups, b_codes.shape[1], k, not is_apart, has_schedule, out.dtype, read_by_decode)
+        plan = tuning.answer(question, b_codes)
+        if plan.path == "decode":
+            config = _decode_config(plan.block, k, not is_apart, has_schedule, out.dtype)
+    tile_rows = plan.tile_rows
 
     x, x_scales, schedule = a_codes, None, None
     if offsets is not None:
@@ -78,13 +81,35 @@ def run(
     return out
 
 
+@functools.lru_cache(maxsize=4096)
+def _question(
+    rows: int,
+    groups: int,
+    n: int,
+    k: int,
+    is_packed: bool,
+    has_schedule: bool,
+    out_dtype: torch.dtype,
+    read_by_decode: bool,
+) -> tuning.Question:
+    """The plans that run a shape on tensor cores."""
+
+    def fits(plan: Plan) -> bool:
+        return _decode_config(plan.block, k, is_packed, has_schedule, out_dtype) is not None
+
+    plans = grouped_plans(rows, groups, decode_mm.GROUPED_TILE_ROWS, fits if read_by_decode else None)
+    key = (
+        f"groups {tuning.bucket(rows)} rows of {groups} x {n} x {k} {decode_mm.OUT_DTYPE_NAMES[out_dtype]}"
+        f"{'' if is_packed else ' apart'}{' offsets' if has_schedule and is_packed else ''}"
+        f"{'' if read_by_decode else ' gaps'}"
+    )
+    return tuning.Question(key, {plan.name: plan for plan in plans}, plans[0].name)
+
+
 def _decode_config(
-    rows: int, codes: Tensor, block_scales: Tensor, out_dtype: torch.dtype, is_packed: bool, has_schedule: bool
+    block: tuple[int, int, int], k: int, is_packed: bool, has_schedule: bool, out_dtype: torch.dtype
 ) -> decode_mm.Config | None:
-    """The decode kernel's variant where groups have few rows on average and it can read the weights."""
-    if rows > DECODE_AVERAGE_ROWS * min(rows, codes.shape[0]) or not decode_mm.is_mappable(codes, block_scales):
-        return None
-    return decode_mm.choose_grouped(rows, 2 * codes.shape[2], is_packed, False, False, out_dtype, has_schedule)
+    return decode_mm.choose_grouped(block, k, is_packed, False, False, out_dtype, has_schedule)
 
 
 def _one_or_all(row_scale: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -9,13 +10,14 @@ import torch
 from torch import Tensor
 
 from dsv4_compile import nvfp4
-from dsv4_compile.ops.dispatch import decode_mm, fresh_weights
+from dsv4_compile.ops.dispatch import decode_mm, fresh_weights, tuning, wgmma_choice
 from dsv4_compile.ops.dispatch.expand import expand
-from dsv4_compile.ops.dispatch.wgmma_choice import config_of, plan
+from dsv4_compile.ops.dispatch.wgmma_choice import Part, config_of, plan
 from dsv4_compile.ops.dispatch.wgmma_w4 import OUT_DTYPE_NAMES, STAGE_K, is_mappable, launch_dense
 from dsv4_compile.ops.kernels.device import require_hopper, sm_count
 
 MAX_WEIGHTS = 4  # of one launch
+PLAN = "wgmma by estimate"  # the launches of wgmma_choice.plan
 EXPANDED_ELEMENTS = 1 << 27  # of a weight in bf16 or a product in fp32, at a time: 256 and 512 MiB
 
 
@@ -36,11 +38,8 @@ def run_packed(
     rows, k = out.numel() // out.shape[-1], 2 * a_codes.shape[-1]
     x, x_scales = a_codes.reshape(rows, k // 2), a_block_scales.reshape(rows, k // nvfp4.BLOCK_SIZE)
     row_scale = a_global_scale.reshape(-1).contiguous()
-    bias = None if bias is None else bias.to(torch.float32).contiguous()
     weights = _weights(b_codes, b_block_scales, b_global_scales)
-    fresh_weights.settle(*(part for weight in weights for part in weight))
-    if not _decode(x, x_scales, row_scale, weights, bias, out.view(rows, -1)):
-        _multiply(expand(x, x_scales), row_scale, weights, bias, out.view(rows, -1))
+    _multiply(x, x_scales, row_scale, weights, bias, out.view(rows, -1))
     return out
 
 
@@ -57,12 +56,8 @@ def run_bf16(
     if out.numel() == 0:
         return out
     rows = out.numel() // out.shape[-1]
-    x = x.reshape(rows, x.shape[-1])
-    bias = None if bias is None else bias.to(torch.float32).contiguous()
     weights = _weights(b_codes, b_block_scales, b_global_scales)
-    fresh_weights.settle(*(part for weight in weights for part in weight))
-    if not _decode(x, None, None, weights, bias, out.view(rows, -1)):
-        _multiply(x, None, weights, bias, out.view(rows, -1))
+    _multiply(x.reshape(rows, x.shape[-1]), None, None, weights, bias, out.view(rows, -1))
     return out
 
 
@@ -89,68 +84,107 @@ def _parts(
         yield columns, codes, scales, global_scales
 
 
-def _decode(
+def _multiply(
     x: Tensor,
     x_scales: Tensor | None,
     row_scale: Tensor | None,
     weights: Sequence[tuple[Tensor, Tensor, Tensor]],
     bias: Tensor | None,
     out: Tensor,
-) -> bool:
-    """Runs the decode kernel, if it runs this shape."""
+) -> None:
+    """``out = (x * x_scales) @ weights.T`` times the global scales, plus ``bias``.
+
+    Args:
+        x: uint8 [M, K/2] with ``x_scales`` [M, K/16], or bf16 [M, K] without.
+        row_scale: fp32, one or [M]; None for 1.
+        weights: codes, block scales and 1-D global scales of each.
+        bias: [N] or None.
+        out: [M, N].
+    """
+    fresh_weights.settle(*(part for weight in weights for part in weight))
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    read_by_decode = decode_mm.is_mappable(*(part for weight in weights for part in weight[:2]))
     k = 2 * weights[0][0].shape[1]
-    activation: Literal["packed", "bf16"] = "bf16" if x_scales is None else "packed"
-    configs = [
-        decode_mm.choose(
-            x.shape[0], [part.shape[0] for part in codes], k, activation, bias is not None, out.dtype,
-            row_scale is not None,
-        )
-        for _, codes, _, _ in _parts(weights)
-    ]  # fmt: skip
-    if None in configs or not decode_mm.is_mappable(*(part for weight in weights for part in weight[:2])):
-        return False
-    x = decode_mm.aligned(x)
-    x_scales = None if x_scales is None else decode_mm.aligned(x_scales)
-    for config, (columns, codes, scales, global_scales) in zip(configs, _parts(weights), strict=True):
-        assert config is not None
-        decode_mm.decode_mm(
-            config, x, x_scales, row_scale, codes, scales, global_scales,
-            None if bias is None else bias[columns], out[:, columns],
+    is_tiled = k % STAGE_K == 0 and k > 0 and all(weight.shape[0] % 8 == 0 for weight, _, _ in weights)
+    read_by_wgmma = is_tiled and is_mappable(*(part for weight in weights for part in weight[:2]))
+    expanded: Tensor | None = None
+    for columns, codes, scales, global_scales in _parts(weights):
+        question = _question(
+            x.shape[0], tuple(weight.shape[0] for weight in codes), k, "bf16" if x_scales is None else "packed",
+            bias is not None, out.dtype, row_scale is not None, sm_count(x), read_by_decode, read_by_wgmma,
         )  # fmt: skip
-    return True
+        variant = None if question is None else tuning.answer(question, x)
+        part_bias, part_out = None if bias is None else bias[columns], out[:, columns]
+        if isinstance(variant, decode_mm.Config):
+            x = decode_mm.aligned(x)
+            x_scales = None if x_scales is None else decode_mm.aligned(x_scales)
+            decode_mm.decode_mm(variant, x, x_scales, row_scale, codes, scales, global_scales, part_bias, part_out)
+            continue
+        if expanded is None:
+            expanded = x if x_scales is None else expand(x, x_scales)
+            if variant is not None and not is_mappable(expanded):
+                expanded = expanded.clone(memory_format=torch.contiguous_format)
+        multiply = _multiply_expanded if variant is None else functools.partial(_multiply_wgmma, variant)
+        multiply(expanded, row_scale, codes, scales, global_scales, part_bias, part_out)
 
 
-def _multiply(
+@functools.lru_cache(maxsize=4096)
+def _question(
+    tokens: int,
+    weight_rows: tuple[int, ...],
+    k: int,
+    activation: Literal["packed", "bf16"],
+    has_bias: bool,
+    out_dtype: torch.dtype,
+    has_row_scale: bool,
+    sms: int,
+    read_by_decode: bool,
+    read_by_wgmma: bool,
+) -> tuning.Question | None:
+    """What may run a launch: configurations of the decode kernel, plans of the wgmma kernel; None where neither can."""
+    variants: dict[str, decode_mm.Config | tuple[Part, ...]] = {}
+    default = None
+    shape = (tokens, weight_rows, k, activation, has_bias, out_dtype, has_row_scale)
+    if read_by_decode and (default := decode_mm.choose(*shape)) is not None:
+        variants = {config.block_name: config for config in (default, *decode_mm.variants(*shape))}
+    if read_by_wgmma:
+        variants |= {v.name: (Part(0, tokens, v),) for v in wgmma_choice.variants(tokens, weight_rows, k, sms)}
+        variants[PLAN] = plan(tokens, weight_rows, k, sms)
+    if not variants:
+        return None
+    rows = "+".join(str(rows) for rows in weight_rows)
+    key = (
+        f"product {tuning.bucket(tokens)} x {rows} x {k} {activation} {decode_mm.OUT_DTYPE_NAMES[out_dtype]}"
+        f"{' bias' if has_bias else ''}{'' if read_by_decode else ' gaps'}"
+    )
+    return tuning.Question(key, variants, PLAN if default is None else default.block_name)
+
+
+def _multiply_wgmma(
+    parts: Sequence[Part],
     x: Tensor,
     row_scale: Tensor | None,
-    weights: Sequence[tuple[Tensor, Tensor, Tensor]],
+    codes: Sequence[Tensor],
+    block_scales: Sequence[Tensor],
+    global_scales: Sequence[Tensor],
     bias: Tensor | None,
     out: Tensor,
 ) -> None:
-    is_tiled = (
-        x.shape[1] % STAGE_K == 0 and x.shape[1] > 0 and all(weight.shape[0] % 8 == 0 for weight, _, _ in weights)
-    )
-    if not is_tiled or not is_mappable(*(part for weight in weights for part in weight[:2])):
-        _multiply_expanded(x, row_scale, weights, bias, out)
-        return
-    if not is_mappable(x):
-        x = x.clone(memory_format=torch.contiguous_format)
-    for columns, codes, scales, global_scales in _parts(weights):
-        rows = tuple(weight.shape[0] for weight in codes)
-        for part in plan(x.shape[0], rows, x.shape[1], sm_count(x)):
-            tokens = slice(part.first, part.first + part.tokens)
-            config = config_of(
-                part.variant, len(codes), row_scale is not None, bias is not None, OUT_DTYPE_NAMES[out.dtype]
-            )
-            one_or_each = row_scale if row_scale is None or row_scale.shape[0] == 1 else row_scale[tokens]
-            part_bias = None if bias is None else bias[columns]
-            launch_dense(config, x[tokens], one_or_each, codes, scales, global_scales, part_bias, out[tokens, columns])
+    for part in parts:
+        tokens = slice(part.first, part.first + part.tokens)
+        config = config_of(
+            part.variant, len(codes), row_scale is not None, bias is not None, OUT_DTYPE_NAMES[out.dtype]
+        )
+        one_or_each = row_scale if row_scale is None or row_scale.shape[0] == 1 else row_scale[tokens]
+        launch_dense(config, x[tokens], one_or_each, codes, block_scales, global_scales, bias, out[tokens])
 
 
 def _multiply_expanded(
     x: Tensor,
     row_scale: Tensor | None,
-    weights: Sequence[tuple[Tensor, Tensor, Tensor]],
+    codes: Sequence[Tensor],
+    block_scales: Sequence[Tensor],
+    global_scales: Sequence[Tensor],
     bias: Tensor | None,
     out: Tensor,
 ) -> None:
@@ -158,16 +192,15 @@ def _multiply_expanded(
 
     Both operands are exact in bf16 and the sum is kept in fp32, so this is as exact as the kernels.
     """
-    k = x.shape[1]
-    chunk_rows = max(1, EXPANDED_ELEMENTS // max(1, k, x.shape[0]))
+    chunk_rows = max(1, EXPANDED_ELEMENTS // max(1, *x.shape))
     column = 0
-    for codes, block_scales, global_scale in weights:
-        rows = codes.shape[0]
+    for weight, scales, global_scale in zip(codes, block_scales, global_scales, strict=True):
+        rows = weight.shape[0]
         scale = nvfp4.expand_global_scale(global_scale, (), rows).reshape(-1).expand(rows)
         for start in range(0, rows, chunk_rows):
             chunk = slice(start, min(start + chunk_rows, rows))
             columns = slice(column + chunk.start, column + chunk.stop)
-            total = torch.mm(x, expand(codes[chunk], block_scales[chunk]).T, out_dtype=torch.float32)
+            total = torch.mm(x, expand(weight[chunk], scales[chunk]).T, out_dtype=torch.float32)
             alpha = scale[chunk] if row_scale is None else row_scale.unsqueeze(1) * scale[chunk]
             total = total.mul_(alpha)
             out[:, columns] = total if bias is None else total.add_(bias[columns])

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dsv4_compile.ops.dispatch import decode_mm
+from dsv4_compile.ops.dispatch import decode_mm, tuning
 from dsv4_compile.ops.dispatch.expand import expand
 from dsv4_compile.ops.dispatch.grouped_unaligned import grouped_unaligned
 from dsv4_compile.ops.dispatch.grouped_wgmma import grouped_wgmma, partial_amax_size, supports_grouped_wgmma
 from dsv4_compile.ops.dispatch.moe_align import align
 from dsv4_compile.ops.dispatch.moe_combine import combine
 from dsv4_compile.ops.dispatch.moe_requantize import requantize
+from dsv4_compile.ops.dispatch.wgmma_w4 import TILE_TOKENS
 from dsv4_compile.ops.kernels.device import require_hopper, sm_count
 
 OP = "nvfp4_moe"
 UNALIGNED_TILE_ROWS = 64
 DECODE_AVERAGE_ROWS = 8  # of an expert that is hit: one tile of the decode kernel; not measured
+TUNED_DECODE_AVERAGE_ROWS = 32  # up to which tuning tries it
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,19 @@ class Plan:
     Attributes:
         path: ``decode`` for few rows an expert, ``wgmma`` for many, or ``unaligned`` for widths that TMA cannot read.
         tile_rows: the most rows of a tile.
+        block: of the decode kernel, see :func:`decode_mm.choose_grouped`.
     """
 
     path: Literal["decode", "wgmma", "unaligned"]
     tile_rows: int
+    block: tuple[int, int, int] = decode_mm.GROUPED_MANY
+
+    @property
+    def name(self) -> str:
+        """Name of the choices that a shape leaves open."""
+        if self.path != "decode":
+            return f"{self.path} {self.tile_rows}"
+        return f"decode {'x'.join(map(str, self.block))}, tiles of {self.tile_rows}"
 
 
 def tile_rows_of(rows: int, experts: int) -> int:
@@ -93,9 +106,10 @@ def run(
     is_scaled_in_place = out_dtype == torch.bfloat16
     if plan.path == "decode":
         partial_amax = a_codes.new_empty(sm_count(a_codes), dtype=torch.float32)  # one a CTA
+        config = _decode_config(plan, hidden, True, is_before, out_dtype)
+        assert config is not None, "plan_of looked"
         decode_mm.grouped_decode_mm(
-            _decode_config(plan, rows, gate_up_codes, True, is_before, out_dtype),
-            decode_mm.aligned(a_codes), decode_mm.aligned(a_block_scales), row_scale,
+            config, decode_mm.aligned(a_codes), decode_mm.aligned(a_block_scales), row_scale,
             gate_up_codes, gate_up_block_scales,
             gate_up_global_scale.reshape(experts, -1).contiguous(), schedule, h,
             sorted_slots=alignment.sorted_slots, top_k=top_k, swiglu_limit=limit,
@@ -120,7 +134,8 @@ def run(
     scaled, h_scale = requantize(h, partial_amax, schedule, granularity, h if is_scaled_in_place else None)
     y = h.new_empty((rows, hidden), dtype=torch.float32)
     if plan.path == "decode":
-        config = _decode_config(plan, rows, down_codes, False, False, torch.float32)
+        config = _decode_config(plan, intermediate, False, False, torch.float32)
+        assert config is not None, "plan_of looked"
         scales = down_global_scale.contiguous().view(experts, 1)
         decode_mm.grouped_decode_mm(config, scaled, None, h_scale, down_codes, down_block_scales, scales, schedule, y)
     elif plan.path == "wgmma":
@@ -141,35 +156,65 @@ def plan_of(
 ) -> Plan:
     """The plan for that many tokens and routed rows."""
     experts, hidden = down_codes.shape[:2]
+    intermediate = 2 * down_codes.shape[2]
     x = gate_up_codes.new_empty((rows, hidden), dtype=torch.bfloat16, device="meta")
-    h = gate_up_codes.new_empty((rows, 2 * down_codes.shape[2]), dtype=torch.bfloat16, device="meta")
-    if supports_grouped_wgmma(x, gate_up_codes, gate_up_block_scales) and supports_grouped_wgmma(
+    h = gate_up_codes.new_empty((rows, intermediate), dtype=torch.bfloat16, device="meta")
+    if not supports_grouped_wgmma(x, gate_up_codes, gate_up_block_scales) or not supports_grouped_wgmma(
         h, down_codes, down_block_scales
     ):
-        if rows <= DECODE_AVERAGE_ROWS * min(rows, experts) and _decodes(
-            rows, gate_up_codes, gate_up_block_scales, down_codes, down_block_scales
-        ):
-            # The rows of one token have an expert each.
-            return Plan("decode", 1 if tokens == 1 else decode_mm.GROUPED_TILE_ROWS)
-        return Plan("wgmma", tile_rows_of(rows, experts))
-    return Plan("unaligned", UNALIGNED_TILE_ROWS)
+        return Plan("unaligned", UNALIGNED_TILE_ROWS)
+    read_by_decode = decode_mm.is_mappable(gate_up_codes, gate_up_block_scales, down_codes, down_block_scales)
+    question = _question(rows, tokens == 1, experts, hidden, intermediate, read_by_decode)
+    plan: Plan = tuning.answer(question, gate_up_codes)
+    return plan
+
+
+@functools.lru_cache(maxsize=4096)
+def _question(
+    rows: int, is_one_token: bool, experts: int, hidden: int, intermediate: int, read_by_decode: bool
+) -> tuning.Question:
+    """The plans that run a shape: the decode kernel's where activations fit beside a ring of weights."""
+
+    def fits(plan: Plan) -> bool:
+        products = (hidden, True), (intermediate, False)
+        return all(_decode_config(plan, k, is_gate_up, False, torch.bfloat16) is not None for k, is_gate_up in products)
+
+    # The rows of one token have an expert each.
+    tile_rows = 1 if is_one_token else decode_mm.GROUPED_TILE_ROWS
+    plans = grouped_plans(rows, experts, tile_rows, fits if read_by_decode else None)
+    key = (
+        f"experts {tuning.bucket(rows)} rows of {experts} x {hidden} x {intermediate}"
+        f"{' one token' if is_one_token else ''}{'' if read_by_decode else ' gaps'}"
+    )
+    return tuning.Question(key, {plan.name: plan for plan in plans}, plans[0].name)
+
+
+def grouped_plans(rows: int, experts: int, tile_rows: int, fits: Callable[[Plan], bool] | None) -> list[Plan]:
+    """Plans among which the fastest may be, the table's choice first.
+
+    Args:
+        rows: routed rows.
+        experts: of which each row takes one.
+        tile_rows: of the decode kernel's tiles.
+        fits: whether the decode kernel runs a plan; None where it cannot read the weights.
+    """
+    hit = max(1, min(rows, experts))
+    wgmma = [Plan("wgmma", tile_rows_of(rows, experts))]
+    wgmma += [Plan("wgmma", tile) for tile in TILE_TOKENS if tile != wgmma[0].tile_rows]
+    if fits is None or rows > TUNED_DECODE_AVERAGE_ROWS * hit:
+        return wgmma
+    first = decode_mm.grouped_block(rows)
+    blocks = [first, *(block for block in decode_mm.GROUPED_BLOCKS if block != first)]
+    decode = [plan for block in blocks if fits(plan := Plan("decode", tile_rows, block))]
+    is_decode = rows <= DECODE_AVERAGE_ROWS * hit and decode and decode[0].block == first
+    return [*decode, *wgmma] if is_decode else [*wgmma, *decode]
 
 
 def _decode_config(
-    plan: Plan, rows: int, codes: Tensor, is_gate_up: bool, has_row_weight: bool, out_dtype: torch.dtype
-) -> decode_mm.Config:
+    plan: Plan, k: int, is_gate_up: bool, has_row_weight: bool, out_dtype: torch.dtype
+) -> decode_mm.Config | None:
     # The schedule is older than the first product, whose end requantisation waits for before it lets the second begin.
-    config = decode_mm.choose_grouped(
-        rows, 2 * codes.shape[2], is_gate_up, is_gate_up, has_row_weight, out_dtype, tile_rows=plan.tile_rows,
+    return decode_mm.choose_grouped(
+        plan.block, k, is_gate_up, is_gate_up, has_row_weight, out_dtype, tile_rows=plan.tile_rows,
         has_old_schedule=not is_gate_up,
     )  # fmt: skip
-    assert config is not None, "plan_of looked"
-    return config
-
-
-def _decodes(rows: int, gate_up_codes: Tensor, gate_up_scales: Tensor, down_codes: Tensor, down_scales: Tensor) -> bool:
-    """Whether both products run on the decode kernel: K in steps, and activations that fit beside a ring of weights."""
-    return decode_mm.is_mappable(gate_up_codes, gate_up_scales, down_codes, down_scales) and all(
-        decode_mm.choose_grouped(rows, 2 * codes.shape[2], is_gate_up, is_gate_up, False, torch.bfloat16) is not None
-        for codes, is_gate_up in ((gate_up_codes, True), (down_codes, False))
-    )

@@ -213,7 +213,7 @@ def quantize(source: Source, x: Tensor, granularity: str, norm: Tensor | None = 
     k = x.shape[-1]
     rows = x.numel() // k if k else 0  # no columns: nothing but global scales
     if rows == 0:
-        packed[2].fill_(_empty_scale(granularity))
+        packed[2].copy_(nvfp4.global_scale_from_amax(torch.zeros_like(packed[2]), granularity))
         return packed
     row_blocks = k // nvfp4.BLOCK_SIZE
     if rows * row_blocks >= division.LIMIT:
@@ -230,10 +230,6 @@ def quantize(source: Source, x: Tensor, granularity: str, norm: Tensor | None = 
         _two_launches(source, base, flat, norm_out, rows, row_blocks, is_pow2)
     fresh_weights.wrote(*packed)
     return packed
-
-
-def _empty_scale(granularity: str) -> float:
-    return float(nvfp4.global_scale_from_amax(torch.zeros(()), granularity))
 
 
 def _one_launch(source: Source, base: RowsConfig, rows: int, row_blocks: int, granularity: str) -> RowsConfig | None:

@@ -27,6 +27,12 @@ class Variant:
     stage_us: float
     tile_us: float
 
+    @property
+    def name(self) -> str:
+        """Name of the choices that a shape leaves open."""
+        ctas = self.ctas_per_sm
+        return f"wgmma {self.tile_tokens} tokens, {self.k_groups} K groups, {ctas} CTAs, {self.splits} splits"
+
 
 # H100, 2026-11-25, fitted to times of 4096 x 4096, 32768 x 1024 and 7168 x 16384 at 33 to 4096 tokens.
 VARIANTS = (
@@ -73,6 +79,11 @@ def plan(tokens: int, weight_rows: tuple[int, ...], k: int, sms: int) -> tuple[P
             best_us = head_us + tail_us
             parts = (Part(0, first, head), Part(first, tokens - first, tail))
     return parts
+
+
+def variants(tokens: int, weight_rows: tuple[int, ...], k: int, sms: int) -> list[Variant]:
+    """The variants that run a product, any of which may be the fastest."""
+    return [v for v in VARIANTS if _estimate_us(v, tokens, weight_rows, k, sms) < float("inf")]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsv4_compile import nvfp4
 from dsv4_compile.ops.dispatch import decode_mm
-from dsv4_compile.ops.dispatch.decode_mm import Config, choose, choose_grouped
+from dsv4_compile.ops.dispatch.decode_mm import Config, choose, choose_grouped, grouped_block
 from dsv4_compile.ops.kernels import compilation
 
 Packed = tuple[Tensor, Tensor, Tensor]
@@ -44,7 +44,7 @@ def test_refuses() -> None:
     assert choose(decode_mm.MAX_TOKENS + 1, [4096], 4096, "packed", False, torch.bfloat16, True) is None
     assert choose(1, [4096], 4096 + 16, "packed", False, torch.bfloat16, True) is None
     assert choose(0, [4096], 4096, "packed", False, torch.bfloat16, True) is None
-    assert choose_grouped(8, 4096 + 128, True, True, False, torch.bfloat16) is None
+    assert choose_grouped(grouped_block(8), 4096 + 128, True, True, False, torch.bfloat16) is None
     inside = torch.empty(64, 384, dtype=torch.uint8, device="meta")
     assert decode_mm.is_mappable(inside)
     assert not decode_mm.is_mappable(inside[:, :256])
@@ -60,7 +60,9 @@ def compiled_variants() -> list[Config]:
         for activation, has_bias in (("packed", False), ("bf16", True))
     ]
     grouped = [
-        choose_grouped(rows, 4096, is_packed, is_swiglu, is_swiglu, torch.bfloat16, has_schedule, tile_rows, is_old)
+        choose_grouped(
+            grouped_block(rows), 4096, is_packed, is_swiglu, is_swiglu, torch.bfloat16, has_schedule, tile_rows, is_old
+        )
         for rows, tile_rows in ((6, 1), (6, 8), (96, 8))
         for is_packed, is_swiglu, has_schedule, is_old in (
             (True, True, True, False), (False, False, True, True), (True, False, False, False),
@@ -171,10 +173,10 @@ MOE_CASES = [
 
 
 def moe_configs(tokens: int, experts: int, top_k: int, hidden: int, intermediate: int) -> tuple[Config, Config]:
-    rows, tile_rows = tokens * top_k, moe_tile_rows(tokens)
-    gate_up = choose_grouped(rows, hidden, True, True, False, torch.bfloat16, tile_rows=tile_rows)
+    block, tile_rows = grouped_block(tokens * top_k), moe_tile_rows(tokens)
+    gate_up = choose_grouped(block, hidden, True, True, False, torch.bfloat16, tile_rows=tile_rows)
     down = choose_grouped(
-        rows, intermediate, False, False, False, torch.float32, tile_rows=tile_rows, has_old_schedule=True
+        block, intermediate, False, False, False, torch.float32, tile_rows=tile_rows, has_old_schedule=True
     )
     assert gate_up is not None
     assert down is not None
@@ -252,7 +254,7 @@ def test_grouped(case: tuple[int, int, int, int, int]) -> None:
 def test_groups_of_one_size(rows: int) -> None:
     """Guards against a tile that reaches into the next group."""
     groups, n, k = 5, 192, 512
-    config = choose_grouped(groups * rows, k, True, False, False, torch.bfloat16, has_schedule=False)
+    config = choose_grouped(grouped_block(groups * rows), k, True, False, False, torch.bfloat16, has_schedule=False)
     assert config is not None
     x, x_scales, x_scale = packed(groups * rows, k)
     weights = [packed(n, k) for _ in range(groups)]
@@ -291,7 +293,7 @@ def gpu_kernels() -> list[tuple[str, Config]]:
     configs += [config for case in MOE_CASES for config in moe_configs(*case)]
     configs += [config_of((8, (264,), 1024, "packed", False, torch.bfloat16, False))]
     for rows in (1, 8, 11):
-        static = choose_grouped(5 * rows, 512, True, False, False, torch.bfloat16, has_schedule=False)
+        static = choose_grouped(grouped_block(5 * rows), 512, True, False, False, torch.bfloat16, has_schedule=False)
         assert static is not None
         configs.append(static)
     return [("sm90.decode_mm", config) for config in dict.fromkeys(configs)]

@@ -12,6 +12,7 @@ from torch import Tensor
 from dsv4_compile import nvfp4
 from dsv4_compile.ops.dispatch import expand_groups, grouped_unaligned, zero_tail
 from dsv4_compile.ops.dispatch.moe_align import (
+    MAX_SLOTS,
     AlignConfig,
     ScheduleConfig,
     align,
@@ -404,3 +405,13 @@ def test_records_kernels_on_meta_tensors() -> None:
     assert scaled is h
     assert scale.shape == (4096 * 6,)
     assert alignment.schedule.shape == (min(24576, 192 + 256) + 1, 4)
+
+
+def test_more_slots_than_are_counted() -> None:
+    """Guards against 16-bit counters that start again at zero."""
+    ids = torch.empty(MAX_SLOTS + 1, 1, dtype=torch.int64, device="meta")
+    with cache.recording() as wanted:
+        align(ids[1:], 256, 128)
+        with pytest.raises(RuntimeError, match=r"topk_ids must have at most 262144 elements on a GPU, got 262145"):
+            align(ids, 256, 128)
+    assert len(wanted) == 1
