@@ -134,3 +134,15 @@ def test_products(dtype: str) -> None:
                 assert product.isnan().all()
             else:
                 assert torch.equal(product.double(), code * (scale * 2.0**-14)), f"scale byte {byte:#x}"
+
+
+def test_bf16_rows_of_grouped_products_are_exact_in_f16() -> None:
+    """Guards against a block scale at which code * scale leaves f16: every code times every scale, both ways."""
+    scales = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    codes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    exact = scales[:, None] * torch.cat([codes, -codes])
+    stored = exact.bfloat16()
+    is_number = ~exact.isnan()
+    assert torch.equal(stored.float()[is_number], exact[is_number])
+    assert torch.equal(stored.half().float()[is_number], exact[is_number])
+    assert stored.half().isnan().equal(exact.isnan())

@@ -35,6 +35,7 @@ from dsv4_compile.ops.kernels.sm90.instructions import (
     Decoder,
     add_f32,
     decode_two_scales,
+    f16_of_bf16,
     load_cluster_f32,
     load_global_f32,
     load_global_i32,
@@ -86,12 +87,14 @@ class DecodeMM:
         self.pieces_in_flight = 2 if few_warps else 1
         if config.activation == "packed":
             self.pieces_in_flight = max(1, min(8 if few_warps else 4, config.token_slots // 2))
-        # q * s of NVFP4 operands is exact in f16, which is cheaper to decode to; bf16 activations need bf16.
-        self.dtype = "f16" if config.activation == "packed" else "bf16"
+        # q * s of NVFP4 operands is exact in f16, which is cheaper to decode to; activations of any value need bf16.
+        # The bf16 rows of a grouped product are such q * s: multiples of 2^-10 up to 2688 with at most 6 bits.
+        is_exact = config.activation == "packed" or self.is_grouped
+        self.dtype = "f16" if is_exact else "bf16"
         decoded_operands = 2 if config.activation == "packed" else 1
         # One token leaves seven of a product's columns free. Each member of a quad gets columns of its own: a lane
         # then holds the sum of one block, and the scale multiplies that instead of sixteen values.
-        self.has_columns_per_member = config.token_slots == 1 and config.activation == "packed"
+        self.has_columns_per_member = config.token_slots == 1 and is_exact
         # Found by trying, against spills: the halves of a step as a loop, and the least CTAs a multiprocessor that the
         # assembler is told, 0 for nothing.
         is_tight = self.has_columns_per_member and not few_warps
@@ -797,7 +800,10 @@ class DecodeMM:
                     else:
                         low, high = Int32(0x5410), Int32(0x7632)
                         for j in cutlass.range_constexpr(4):
-                            w0, w1, w2, w3 = [loaded[4 * j + word, i] for word in range(4)]
+                            words = [loaded[4 * j + word, i] for word in range(4)]
+                            if cutlass.const_expr(self.dtype == "f16"):
+                                words = [f16_of_bf16(word) for word in words]
+                            w0, w1, w2, w3 = words
                             store_shared_v4(
                                 target + j * (64 * self.slots),
                                 permute(w0, w2, low),

@@ -252,6 +252,16 @@ def _bf16_of_f16(pair, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def f16_of_bf16(pair, *, loc=None, ip=None):
+    """Two bf16 values rounded to f16."""
+    text = (
+        "{ .reg .b32 l, h; shl.b32 l, $1, 16; and.b32 h, $1, 0xFFFF0000; .reg .f32 a, b; mov.b32 a, l; mov.b32 b, h; "
+        "cvt.rn.f16x2.f32 $0, b, a; }"
+    )
+    return Int32(asm(T.i32(), _i32([pair], loc, ip), text, "=r,r", loc, ip))
+
+
+@dsl_user_op
 def _repeat_half(word, half, *, loc=None, ip=None):
     """One half of a word twice; written so that it becomes a modifier of the multiplication that reads it."""
     twice = "{b, b}" if half else "{a, a}"
