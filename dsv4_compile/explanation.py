@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from dsv4_compile.backend import compile_bound, prepare
 from dsv4_compile.binding import INVOKE_SUBGRAPH, BoundGraph, Weight, runner
+from dsv4_compile.meta_device import meta_constants
 from dsv4_compile.options import Options
 from dsv4_compile.passes.graph import (
     DEQUANTIZE,
@@ -213,7 +214,7 @@ def explain(
 
         return call
 
-    with torch.inference_mode():
+    with torch.inference_mode(), meta_constants(inputs, kwargs):
         torch.compile(model, backend=backend)(*inputs, **kwargs)
     for reason, count in torch._dynamo.utils.counters["graph_break"].items():
         if count > breaks_before.get(reason, 0):
