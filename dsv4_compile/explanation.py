@@ -368,22 +368,24 @@ def _region(weight: Weight, operator: str, reason: str) -> Region:
     kind = "experts" if len(weight.shape) == 3 else "linear"
     if "embedding" in reason or "embed" in weight.name:
         kind = "embedding"
-    device = weight.packed.device.type if weight.packed is not None else ""
     return Region(
         module=weight.name,
         kind=kind,
         shape=weight.shape,
         operator=operator,
-        kernel=kernel_name(device) if operator else "",
+        kernel=kernel_name(weight.packed.device) if operator and weight.packed is not None else "",
         reason="" if operator else reason or "not read",
         eligible=weight.eligible,
         num_bytes=2 * math.prod(weight.shape),
     )
 
 
-def kernel_name(device: str) -> str:
-    """What runs the NVFP4 operators on a device type."""
-    return {"cpu": "CPU reference", "meta": "none (meta device)"}.get(device, f"no {device} kernel yet")
+def kernel_name(device: torch.device) -> str:
+    """What runs the NVFP4 operators on a device."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return "sm_90 kernels" if major == 9 else f"no kernel for sm_{major}{minor}"
+    return {"cpu": "CPU reference", "meta": "none (meta device)"}.get(device.type, f"no kernel for {device.type}")
 
 
 def _shorten(names: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import fake_tensor_tls
 import dsv4_compile
 from dsv4_compile.cli import main
 from dsv4_compile.demo import demo_model
+from dsv4_compile.explanation import kernel_name
 from tests import torch_2_11
 
 
@@ -119,3 +120,14 @@ def test_command_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtu
     """A missing folder is one line on standard error, not a traceback."""
     assert main(["explain", str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((9, 0), "sm_90 kernels"), ((10, 3), "no kernel for sm_103")], ids=str
+)
+def test_names_what_runs_on_a_gpu(capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a Hopper GPU that is told it has no kernel, and another one that is told it has."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert kernel_name(torch.device("cuda", 0)) == expected
+    assert kernel_name(torch.device("cpu")) == "CPU reference"
+    assert kernel_name(torch.device("xpu")) == "no kernel for xpu"
