@@ -88,6 +88,7 @@ def bind_weights(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
     kinds: dict[fx.Node, Kind] = {}
     placeholders = bound.gm.graph.find_nodes(op="placeholder")
     names = [parameter_name(node) for node in placeholders]
+    body = next(node for node in bound.gm.graph.nodes if node.op not in ("placeholder", "get_attr"))
     for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
         packed = value if isinstance(value, Nvfp4Tensor) else None
         name = names[index]
@@ -103,7 +104,7 @@ def bind_weights(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
             bound.kept.append(index)
             continue
         bound.replaced[index] = value
-        operands[node] = _register(bound.gm, len(bound.weights), packed)
+        operands[node] = _register(bound.gm, body, len(bound.weights), packed)
         kinds[node] = (packed.dtype, packed.global_scale.shape)
         bound.weights.append(Weight(name, tuple(packed.shape), packed))
     _guard_identity(operands)
@@ -179,10 +180,14 @@ def _copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-def _register(gm: fx.GraphModule, number: int, packed: Nvfp4Tensor) -> tuple[fx.Node, fx.Node, fx.Node]:
+def _register(gm: fx.GraphModule, body: fx.Node, number: int, packed: Nvfp4Tensor) -> Parts:
+    """Gives ``gm`` the parts as buffers and reads them before ``body``, its first node that is no input.
+
+    The reads stand in the order of the buffers, because AOT's inputs have the order of the reads in torch 2.11 and that
+    of the buffers in torch 2.13.
+    """
     nodes = []
-    last_placeholder = gm.graph.find_nodes(op="placeholder")[-1]
-    with gm.graph.inserting_after(last_placeholder):
+    with gm.graph.inserting_before(body):
         for part in ("codes", "block_scales", "global_scale"):
             name = f"dsv4_weight_{number}_{part}"
             gm.register_buffer(name, getattr(packed, part))

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from dsv4_compile.backend import compile_bound, prepare
 from dsv4_compile.binding import INVOKE_SUBGRAPH, BoundGraph, Weight, runner
+from dsv4_compile.meta_device import meta_constants
 from dsv4_compile.options import Options
 from dsv4_compile.passes.graph import (
     DEQUANTIZE,
@@ -213,7 +214,7 @@ def explain(
 
         return call
 
-    with torch.inference_mode():
+    with torch.inference_mode(), meta_constants(inputs, kwargs):
         torch.compile(model, backend=backend)(*inputs, **kwargs)
     for reason, count in torch._dynamo.utils.counters["graph_break"].items():
         if count > breaks_before.get(reason, 0):
@@ -367,22 +368,24 @@ def _region(weight: Weight, operator: str, reason: str) -> Region:
     kind = "experts" if len(weight.shape) == 3 else "linear"
     if "embedding" in reason or "embed" in weight.name:
         kind = "embedding"
-    device = weight.packed.device.type if weight.packed is not None else ""
     return Region(
         module=weight.name,
         kind=kind,
         shape=weight.shape,
         operator=operator,
-        kernel=kernel_name(device) if operator else "",
+        kernel=kernel_name(weight.packed.device) if operator and weight.packed is not None else "",
         reason="" if operator else reason or "not read",
         eligible=weight.eligible,
         num_bytes=2 * math.prod(weight.shape),
     )
 
 
-def kernel_name(device: str) -> str:
-    """What runs the NVFP4 operators on a device type."""
-    return {"cpu": "CPU reference", "meta": "none (meta device)"}.get(device, f"no {device} kernel yet")
+def kernel_name(device: torch.device) -> str:
+    """What runs the NVFP4 operators on a device."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return "sm_90 kernels" if major == 9 else f"no kernel for sm_{major}{minor}"
+    return {"cpu": "CPU reference", "meta": "none (meta device)"}.get(device.type, f"no kernel for {device.type}")
 
 
 def _shorten(names: Sequence[str]) -> list[str]:

@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from dsv4_compile.backend import compile_bound, prepare
+from dsv4_compile.meta_device import meta_constants
 from dsv4_compile.ops.kernels import cache
 from dsv4_compile.ops.kernels.compilation import ARCHITECTURES
 from dsv4_compile.ops.registration import CUDA_IMPLEMENTATIONS, NAMESPACE
@@ -73,7 +74,7 @@ def model_calls(model: Any, options: Mapping[str, Any] | None = None) -> list[Ca
 
     input_ids = torch.zeros((1, TRACED_TOKENS), dtype=torch.long, device="meta")
     torch._dynamo.reset()
-    with torch.inference_mode():
+    with torch.inference_mode(), meta_constants(input_ids):
         torch.compile(model, backend=backend)(input_ids, use_cache=False)
     torch._dynamo.reset()
     return list(calls.values())

@@ -1,7 +1,7 @@
 """MoE: sorting, gathering, two grouped products, SwiGLU, weighting and summing become one ``nvfp4_moe``.
 
 Matches what the experts and swiglu passes made of HuggingFace's expert implementations, from the rows that are gathered
-to the sum over a token's experts: ``grouped_mm``, with and without the masks of expert parallelism, and ``batched_mm``.
+to the sum over a token's experts: ``grouped_mm`` and ``batched_mm``, with and without the masks of expert parallelism.
 Rewrites to: ``nvfp4_moe(*quantize_nvfp4(x), ids, weights, gate_up, down, limit)``, routing weight after down.
 Tokens are quantised before they are gathered: the same values, since a row's codes do not depend on its place, and the
 same global scale where every token is routed (under expert parallelism it is that of all tokens, not of those routed
@@ -93,17 +93,46 @@ def gathered_form(
     mask: bool,
     gsa: str,
 ) -> Tensor:
-    """A copy of the token for each of its experts; ``mask``: ids of experts that live elsewhere are clamped."""
-    rows = x.repeat_interleave(_TOP_K, dim=0)
-    row_weights, row_ids = weights.reshape(-1), ids.reshape(-1)
+    """A copy of the token for each of its experts; ``mask``: ids of experts that live elsewhere are clamped, and do not
+    count."""
+    row_ids, row_weights = ids.reshape(-1), weights.reshape(-1)
     elsewhere = row_ids >= _EXPERTS
     if mask:
-        row_ids = row_ids.clamp(0, _EXPERTS - 1)
+        row_ids, row_weights = row_ids.clamp(0, _EXPERTS - 1), row_weights.masked_fill(elsewhere, 0.0)
+    return _gathered(x, row_ids, row_weights, gate_up, down, limit, gsa)
+
+
+def clamped_form(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Packed,
+    down: Packed,
+    top_k: int,
+    limit: float,
+    mask: bool,
+    gsa: str,
+) -> Tensor:
+    """The same in transformers before 5.23: ids are always clamped, and do count."""
+    return _gathered(x, ids.reshape(-1).clamp(0, _EXPERTS - 1), weights.reshape(-1), gate_up, down, limit, gsa)
+
+
+def _gathered(
+    x: Tensor, row_ids: Tensor, row_weights: Tensor, gate_up: Packed, down: Packed, limit: float, gsa: str
+) -> Tensor:
+    rows = x.repeat_interleave(_TOP_K, dim=0)
     gate, up = gathered_mm(quantize_nvfp4(rows, gsa), gate_up, row_ids, x.dtype).chunk(2, dim=-1)
     y = gathered_mm(swiglu_quantize_nvfp4(gate, up, limit, gsa), down, row_ids, x.dtype)
-    if mask:
-        row_weights = row_weights.masked_fill(elsewhere, 0.0)
     return (y * row_weights.unsqueeze(-1)).view(_TOKENS, _TOP_K, _HIDDEN).sum(dim=1)
+
+
+FORMS = (
+    (sorted_form, False),
+    (sorted_form, True),
+    (gathered_form, False),
+    (gathered_form, True),
+    (clamped_form, False),
+)
 
 
 def _pattern(form: Callable[..., Tensor], mask: bool, cast: bool, granularity: str) -> Callable[..., Tensor]:
@@ -142,8 +171,11 @@ def replacement(
     limit: float,
     granularity: str,
     out_dtype: torch.dtype,
+    clamp: bool,
 ) -> Tensor:
     quantized = quantize_nvfp4(x, granularity)
+    if clamp:  # the operator leaves ids out of range out
+        ids = ids.clamp(0, gate_up_codes.shape[0] - 1)
     gate_up = (gate_up_codes, gate_up_block_scales, gate_up_global_scale)
     down = (down_codes, down_block_scales, down_global_scale)
     return nvfp4_moe(*quantized, ids, weights, *gate_up, *down, limit, "after_down", granularity, out_dtype)
@@ -177,18 +209,18 @@ def applies(match: Match, granularity: str) -> tuple[Any, list[Any]] | None:
             return None
     if match.kwargs.get("top_k", ids.shape[1]) != ids.shape[1]:
         return None
-    limit = match.kwargs["limit"]
-    options = {"limit": limit, "granularity": granularity, "out_dtype": result.dtype}
+    targets = {node.target for node in match.nodes}
+    options = {
+        "limit": match.kwargs["limit"],
+        "granularity": granularity,
+        "out_dtype": result.dtype,
+        "clamp": aten.clamp_max.default in targets and aten.ge.Scalar not in targets,  # clamped, not masked
+    }
     return functools.partial(replacement, **options), arguments
 
 
 def build(granularity: str) -> list[Fusion]:
     """The fusion of this file for one granularity of the activation global scale."""
-    patterns = [
-        _pattern(form, mask, cast, granularity)
-        for form in (sorted_form, gathered_form)
-        for mask in (False, True)
-        for cast in (False, True)
-    ]
+    patterns = [_pattern(form, mask, cast, granularity) for form, mask in FORMS for cast in (False, True)]
     check = functools.partial(applies, granularity=granularity)
     return [Fusion("moe", patterns, example_inputs, check, scalars={"top_k": _TOP_K, "limit": _LIMIT})]

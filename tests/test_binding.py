@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from dsv4_compile.backend import compile_bound, prepare
 from dsv4_compile.binding import BoundGraph, bind_weights, runner
 from dsv4_compile.options import Options
 from dsv4_compile.testing import Capture, Rewritten, capture
+from tests import torch_2_11
 
 K = 64
 PARTS = ("codes", "block_scales", "global_scale")
@@ -103,11 +105,14 @@ def test_dynamos_graph_is_not_modified() -> None:
     assert torch.equal(result, model(x))
 
 
-def test_subgraphs_of_dynamos_graph_are_not_modified() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_subgraphs_of_dynamos_graph_are_not_modified(packed: bool) -> None:
     """Guards against rewriting a repeated region in place, where Dynamo's graph calls the same module."""
     model = nn.Sequential(Region(), Region())
-    quantize_(model)
-    gm, bound = bind(model, activation())
+    if packed:
+        quantize_(model)
+    with torch_2_11.packed_region() if packed else nullcontext():
+        gm, bound = bind(model, activation())
     (region,) = gm.children()
     (copied,) = bound.gm.children()
     assert "dequantize_nvfp4" not in region.code
@@ -497,7 +502,8 @@ def test_repeated_region(packed: bool) -> None:
     if packed:
         quantize_(model)
     x = activation()
-    result, graphs = capture(model, x)
+    with torch_2_11.packed_region() if packed else nullcontext():
+        result, graphs = capture(model, x)
     region, whole = graphs
     assert region.counts == {"linear": 1}
     assert_expected_inline(
@@ -576,7 +582,8 @@ def test_region_with_differently_packed_calls() -> None:
     expected = x
     for module in model:
         expected = F.linear(expected, module.layer.weight.dequantize())
-    result, _ = capture(model, x, codegen=True)
+    with torch_2_11.packed_region():
+        result, _ = capture(model, x, codegen=True)
     torch.testing.assert_close(result, expected, rtol=2**-6, atol=2**-6)
 
 
@@ -595,6 +602,7 @@ class Outer(nn.Module):
 def test_region_in_a_region() -> None:
     """Guards against weights that are bound one level deep only."""
     model, x = nn.Sequential(Outer(), Outer()), activation()
+    torch_2_11.region_in_a_region(model, x)
     result, graphs = capture(model, x)
     expected = x
     for outer in model:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import fake_tensor_tls
 
 import dsv4_compile
 from dsv4_compile.cli import main
 from dsv4_compile.demo import demo_model
+from dsv4_compile.explanation import kernel_name
+from tests import torch_2_11
 
 
 class Block(nn.Module):
@@ -72,7 +76,8 @@ def test_weights_behind_a_loop_over_experts_are_listed() -> None:
     assert any("nonzero" in reason for reason in found.graph_breaks)
 
 
-def test_repeated_regions_list_every_weight() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_repeated_regions_list_every_weight(packed: bool) -> None:
     """Layers that share one compiled subgraph have weights of their own; only the first one's were listed."""
 
     class Layer(nn.Linear):
@@ -81,9 +86,23 @@ def test_repeated_regions_list_every_weight() -> None:
             return super().forward(x)
 
     model = nn.Sequential(*(Layer(32, 32) for _ in range(3))).bfloat16()
-    dsv4_compile.quantize_(model)
-    found = dsv4_compile.explain(model, torch.randn(2, 32).bfloat16())
+    if packed:
+        dsv4_compile.quantize_(model)
+    with torch_2_11.packed_region() if packed else nullcontext():
+        found = dsv4_compile.explain(model, torch.randn(2, 32).bfloat16())
     assert sorted(region.module for region in found.covered) == ["0.weight", "1.weight", "2.weight"]
+
+
+def test_constant_on_the_meta_device() -> None:
+    """Guards against refusing models that make a tensor on the device of their inputs, as a mask of transformers is."""
+    layer = nn.Linear(32, 32, device="meta", dtype=torch.bfloat16)
+
+    def model(x: Tensor) -> Tensor:
+        return layer(torch.where(x > 0, torch.tensor(0.0, device=x.device, dtype=x.dtype), x))
+
+    found = dsv4_compile.explain(model, torch.empty(2, 32, device="meta", dtype=torch.bfloat16))
+    assert [region.operator for region in found.regions] == ["nvfp4_mm"]
+    assert fake_tensor_tls.allow_non_fake_inputs_override is None
 
 
 def test_command_explains_a_config_without_allocating(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,3 +120,14 @@ def test_command_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtu
     """A missing folder is one line on standard error, not a traceback."""
     assert main(["explain", str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((9, 0), "sm_90 kernels"), ((10, 3), "no kernel for sm_103")], ids=str
+)
+def test_names_what_runs_on_a_gpu(capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a Hopper GPU that is told it has no kernel, and another one that is told it has."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert kernel_name(torch.device("cuda", 0)) == expected
+    assert kernel_name(torch.device("cpu")) == "CPU reference"
+    assert kernel_name(torch.device("xpu")) == "no kernel for xpu"

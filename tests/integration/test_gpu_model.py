@@ -18,6 +18,7 @@ from dsv4_compile.binding import runner
 from dsv4_compile.demo import CONTEXT, demo_model
 from dsv4_compile.options import Options
 from dsv4_compile.quantization import quantize_
+from dsv4_compile.testing import capture
 
 pytestmark = pytest.mark.gpu
 
@@ -151,7 +152,12 @@ def no_synchronisation() -> Iterator[None]:
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_model(model: Any, prompt: Tensor, mode: str) -> None:
-    """Guards against a host synchronisation, numbers that a CUDA graph changes, and a model that is not the CPU's."""
+    """Guards against a host synchronisation, numbers that a CUDA graph changes, and a model that is not the CPU's.
+
+    One bf16 ulp anywhere moves codes, and then three random layers differ by what their quantisation adds: the CPU's
+    generated code and its graph run node by node are 10 to 12 dB apart, and so is a model with one ulp in its input.
+    Experts in another order are at 8 dB, a permuted projection is at 0. Two devices are one more such pair.
+    """
     torch._dynamo.reset()
     with torch.inference_mode():
         on_gpu = copy.deepcopy(model).cuda()
@@ -165,5 +171,6 @@ def test_compiled_model(model: Any, prompt: Tensor, mode: str) -> None:
             again = compiled(ids, use_cache=False).logits.clone()
         torch._dynamo.reset()
         reference = torch.compile(model, backend="dsv4")(prompt, use_cache=False).logits
+    node_by_node, _ = capture(lambda ids: model(ids, use_cache=False).logits, prompt)
     assert torch.equal(first, again)
-    assert sqnr_db(reference, first.cpu()) >= 20  # what bf16 and tie-broken codes make of three random layers
+    assert sqnr_db(reference, first.cpu()) >= sqnr_db(reference, node_by_node) - 2

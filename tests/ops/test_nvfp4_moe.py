@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
@@ -99,9 +100,10 @@ def test_is_the_experts_of_transformers() -> None:
     """Guards against other routing, clamps or halves: transformers' fp32 experts on the dequantised operands.
 
     Only fp32 sums and exp differ, by a few of 2^-24 times at most 64 terms; 1e-5 of the largest output covers both.
+    The sentinel E is one more expert of theirs, all zeros: in eager mode transformers 5.17 takes no id above its experts.
     """
     config = SimpleNamespace(
-        num_local_experts=EXPERTS,
+        num_local_experts=EXPERTS + 1,
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
         hidden_act="silu",
@@ -110,8 +112,9 @@ def test_is_the_experts_of_transformers() -> None:
     )
     a, (gate_up, down) = quantize_nvfp4(torch.randn(40, HIDDEN)), any_weights()
     experts = QuantizedHidden(config)
-    experts.gate_up_proj.data, experts.down_proj.data = (dequantize_nvfp4(*w, torch.float32) for w in (gate_up, down))
-    ids, weights = torch.rand(40, EXPERTS + 1).argsort(-1)[:, :TOP_K], torch.rand(40, TOP_K)  # E is their sentinel
+    for parameter, packed in ((experts.gate_up_proj, gate_up), (experts.down_proj, down)):
+        parameter.data = F.pad(dequantize_nvfp4(*packed, torch.float32), (0, 0, 0, 0, 0, 1))
+    ids, weights = torch.rand(40, EXPERTS + 1).argsort(-1)[:, :TOP_K], torch.rand(40, TOP_K)
     with torch.no_grad():
         theirs = experts(dequantize_nvfp4(*a, torch.float32), ids, weights)
     ours = nvfp4_moe(*a, ids, weights, *gate_up, *down, 1.0, "after_down", "token", torch.float32)

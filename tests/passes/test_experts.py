@@ -23,10 +23,12 @@ class Model(nn.Module):
     def __init__(self, function: Callable[..., Any], *weights: Tensor) -> None:
         super().__init__()
         self.function = function
-        self.weights = nn.ParameterList([nn.Parameter(weight, requires_grad=False) for weight in weights])
+        self.names = [f"w{index}" for index in range(len(weights))]  # no ParameterList: Dynamo 2.11 cannot unpack one
+        for name, weight in zip(self.names, weights, strict=True):
+            self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
 
     def forward(self, *inputs: Tensor) -> Any:
-        return self.function(*self.weights, *inputs)
+        return self.function(*[getattr(self, name) for name in self.names], *inputs)
 
 
 def product(x: Tensor, weight: Tensor, ids: Tensor, granularity: str = "tensor") -> Tensor:

@@ -96,6 +96,11 @@ def v4_experts(implementation: str, experts: int = E, limit: float = L) -> nn.Mo
     return experts_module(DeepseekV4Experts, config, implementation)
 
 
+def masks_other_experts(module: nn.Module, implementation: str) -> bool:
+    """Whether an id out of range does not count; with ``batched_mm`` before transformers 5.23 it is the last expert's."""
+    return implementation == "grouped_mm" or hasattr(module, "_is_expert_parallel")
+
+
 def capture_one(model: Callable[..., Any], *inputs: Tensor, **kwargs: Any) -> tuple[Any, Rewritten]:
     result, (graph,) = capture(model, *inputs, **kwargs)
     return result, graph
@@ -123,7 +128,7 @@ x2: bf16[6, 2]
 %1: bf16[6, 64] = dsv4.nvfp4_moe(*%0, x1, x2, *w0, *w1, 2.0, 'after_down', 'tensor', bf16)
 return %1""",
         )
-    else:  # Dynamo numbers inputs in the order in which they are first read
+    elif masks_other_experts(module, implementation):  # Dynamo numbers inputs in the order they are first read in
         assert_expected_inline(
             graph.after,
             """\
@@ -135,6 +140,21 @@ x2: bf16[6, 2]
 %0: (u8[6, 32], f8e4m3[6, 4], f32[]) = dsv4.quantize_nvfp4(x1, 'tensor')
 %1: bf16[6, 64] = dsv4.nvfp4_moe(*%0, x0, x2, *w0, *w1, 2.0, 'after_down', 'tensor', bf16)
 return %1""",
+        )
+    else:
+        assert_expected_inline(
+            graph.after,
+            """\
+w0: nvfp4[4, 64, 64]
+w1: nvfp4[4, 64, 32]
+x0: i64[6, 2]
+x1: bf16[6, 64]
+x2: bf16[6, 2]
+%0: (u8[6, 32], f8e4m3[6, 4], f32[]) = dsv4.quantize_nvfp4(x1, 'tensor')
+%1: i64[6, 2] = aten.clamp_min(x0, 0)
+%2: i64[6, 2] = aten.clamp_max(%1, 3)
+%3: bf16[6, 64] = dsv4.nvfp4_moe(*%0, %2, x2, *w0, *w1, 2.0, 'after_down', 'tensor', bf16)
+return %3""",
         )
     assert graph.counts["moe"] == 1
     assert torch.equal(result, emulated(*inputs, module.gate_up_proj, module.down_proj, L))
@@ -171,14 +191,16 @@ def test_granularity(implementation: str, granularity: str) -> None:
 def test_expert_parallel(implementation: str, experts: int, weights_dtype: torch.dtype) -> None:
     """Guards against the sentinel ``num_experts`` (an expert elsewhere) reading a weight, whatever its own weight."""
     module = v4_experts(implementation, experts)
+    masks = masks_other_experts(module, implementation)
     module._is_expert_parallel = True
     x, ids, weights = routing(experts, weights_dtype)
     ids[0, 0] = ids[2] = experts
     result, graph = capture_one(module, x, ids, weights)
     assert graph.counts["moe"] == 1
     assert "nvfp4_grouped_mm" not in graph.after
+    ids = ids if masks else ids.clamp(max=experts - 1)
     assert torch.equal(result, emulated(x, ids, weights, module.gate_up_proj, module.down_proj, L))
-    assert not result[2].any()
+    assert result[2].any() != masks
 
 
 @pytest.mark.parametrize(("implementation", "kind"), [("grouped_mm", MixtralExperts), ("batched_mm", Qwen3MoeExperts)])
@@ -287,6 +309,9 @@ class Steps:
     def routing_weights(self, weights: Tensor) -> Tensor:
         return weights.reshape(-1)
 
+    def row_ids(self, ids: Tensor) -> Tensor:
+        return ids
+
     def down_ids(self, ids: Tensor) -> Tensor:
         return ids
 
@@ -301,7 +326,7 @@ class Steps:
         return self.total(y.view(*ids.shape, -1)).to(x.dtype)
 
     def batched_mm(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
-        rows, row_ids = self.rows(x, self.top_k(ids)), ids.reshape(-1)
+        rows, row_ids = self.rows(x, self.top_k(ids)), self.row_ids(ids.reshape(-1))
         gate, up = self.halves(self.batched(rows, self.gate_up, row_ids))
         y = self.batched(self.activate(gate, up), self.down, self.down_ids(row_ids))
         y = self.weighted(y, self.routing_weights(weights))
@@ -346,13 +371,29 @@ def test_written_out(implementation: str) -> None:
     assert sqnr_db(result, edited) > SAME_DB
 
 
+class IdsClamped(Steps):
+    def row_ids(self, ids: Tensor) -> Tensor:
+        return ids.clamp(0, len(self.gate_up) - 1)
+
+
+def test_ids_clamped() -> None:
+    """Guards against leaving out a clamp that is no mask: without it the operator skips ids out of range."""
+    module = v4_experts("batched_mm")
+    x, ids, weights = routing()
+    ids[0, 0], ids[1, 1] = E, -1
+    gate_up, down = module.gate_up_proj.data, module.down_proj.data
+    result, graph = capture_one(Model(IdsClamped, "batched_mm", gate_up, down), x, ids, weights)
+    assert graph.counts["moe"] == 1
+    assert torch.equal(result, emulated(x, ids.clamp(0, E - 1), weights, gate_up, down, L))
+
+
 class SecondReaderOfDown(Steps):
     def weighted(self, y: Tensor, weights: Tensor) -> Tensor:
         self.read = y
         return super().weighted(y, weights)
 
     def total(self, y: Tensor) -> Tensor:
-        return super().total(y) + self.read.sum()
+        return super().total(y) + self.read.norm()  # a sum may be nearly 0
 
 
 class SecondReaderOfGateAndUp(Steps):
@@ -361,7 +402,7 @@ class SecondReaderOfGateAndUp(Steps):
         return super().halves(gate_and_up)
 
     def total(self, y: Tensor) -> Tensor:
-        return super().total(y) + self.read.sum()
+        return super().total(y) + self.read.norm()  # a sum may be nearly 0
 
 
 class OtherActivation(Steps):
@@ -483,7 +524,17 @@ class RowsExpanded(Steps):
         return x.unsqueeze(0).expand(top_k, -1, -1).reshape(-1, x.shape[1])
 
 
-BATCHED = (RowsRepeated, RowsExpanded, OtherDownExpert)
+class LastExpertLeftOut(Steps):
+    def row_ids(self, ids: Tensor) -> Tensor:
+        return ids.clamp(0, len(self.gate_up) - 2)
+
+
+class FirstExpertLeftOut(Steps):
+    def row_ids(self, ids: Tensor) -> Tensor:
+        return ids.clamp(1, len(self.gate_up) - 1)
+
+
+BATCHED = (RowsRepeated, RowsExpanded, OtherDownExpert, LastExpertLeftOut, FirstExpertLeftOut)
 
 EDITS = [
     *[(IMPLEMENTATIONS[index % 2], steps) for index, steps in enumerate(BOTH)],

@@ -399,10 +399,13 @@ return %3""",
 
 
 def test_one_operand_rounded_more_than_the_other() -> None:
-    """Guards against gate and up of different dtypes reaching the operator, which takes one."""
+    """Guards against gate and up of different dtypes reaching the operator, which takes one.
+
+    gate is rounded by the caller: Inductor 2.11 removes a cast and its way back from a graph, after the passes.
+    """
     gate, up = gate_and_up(torch.float32)
-    model, weight = down(lambda g, u: (F.silu(g.bfloat16().float().clamp(max=L)) * u.clamp(-L, L)).bfloat16())
-    result, graph = capture_one(model, gate, up)
+    model, weight = down(lambda g, u: (F.silu(g.float().clamp(max=L)) * u.clamp(-L, L)).bfloat16())
+    result, graph = capture_one(model, gate.bfloat16(), up)
     assert graph.counts["swiglu"] == 1
     assert torch.equal(result, product(nvfp4.swiglu(gate.bfloat16().float(), up, L), weight))
 
