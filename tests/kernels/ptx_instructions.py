@@ -1328,8 +1328,10 @@ def swizzled(addresses: Array, swizzle: int) -> Array:
 
 def tile(machine: Machine, tensor: TensorMap, coordinates: list[int]) -> Array:
     """The bytes of a box, dense, zero outside of the tensor."""
-    strides, box = tensor.strides(), list(tensor.box)
-    if tensor.interleave or strides[0] != tensor.element_bytes or len(coordinates) != len(box):
+    strides, box = list(tensor.strides_bytes), list(tensor.box)
+    if len(strides) < len(box):
+        strides = [tensor.element_bytes, *strides]
+    if getattr(tensor, "interleave", 0) or strides[0] != tensor.element_bytes or len(coordinates) != len(box):
         raise NotImplementedError(f"PTX: a copy by {tensor}")
     inner = box[0] * tensor.element_bytes
     outer = box[1:]

@@ -44,11 +44,6 @@ class TensorMap:
     swizzle: int = 0
     interleave: int = 0
 
-    def strides(self) -> list[int]:
-        if len(self.strides_bytes) == len(self.dims):
-            return list(self.strides_bytes)
-        return [self.element_bytes, *self.strides_bytes]
-
 
 # Types
 
