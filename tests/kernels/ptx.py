@@ -49,7 +49,9 @@ def run(
     if program.threads is not None and program.threads != int(np.prod(block)):
         raise ValueError(f"PTX: the kernel requires {program.threads} threads, got {block}")
     with np.errstate(all="ignore"):
-        Machine(program, grid, block, cluster, shared_bytes, parameters, memory, tensor_map, seed, max_steps, build).launch()
+        Machine(
+            program, grid, block, cluster, shared_bytes, parameters, memory, tensor_map, seed, max_steps, build
+        ).launch()
 
 
 def unknown_instructions(ptx: str) -> list[str]:

@@ -325,7 +325,11 @@ def _floating(b: Builder, function: Callable[..., Array], count: int) -> Step:
     """An fp32 or fp64 function of ``count`` operands; NaN is 0x7FFFFFFF."""
     kind = b.kind
     dtype = DTYPES[kind]
-    nan = np.array(0x7FFFFFFF, np.uint32).view("f4") if kind == "f32" else np.array(0x7FFFFFFFFFFFFFFF, np.uint64).view("f8")
+    nan = (
+        np.array(0x7FFFFFFF, np.uint32).view("f4")
+        if kind == "f32"
+        else np.array(0x7FFFFFFFFFFFFFFF, np.uint64).view("f8")
+    )
     if b.has("ftz"):
         inner = function
 
@@ -426,10 +430,14 @@ def fma_f64(a: Array, b: Array, c: Array) -> Array:
 
 def quotient(a: Array, b: Array) -> Array:
     if a.dtype.kind == "u":
-        return np.where(b == 0, a.dtype.type(-1 & (1 << 8 * a.dtype.itemsize) - 1), a // np.where(b == 0, b.dtype.type(1), b))
+        return np.where(
+            b == 0, a.dtype.type(-1 & (1 << 8 * a.dtype.itemsize) - 1), a // np.where(b == 0, b.dtype.type(1), b)
+        )
     divisor = np.where(b == 0, b.dtype.type(1), b)
     down = a // divisor
-    return np.where(b == 0, b.dtype.type(-1), down + ((a - down * divisor != 0) & ((a < 0) != (divisor < 0))).astype(a.dtype))
+    return np.where(
+        b == 0, b.dtype.type(-1), down + ((a - down * divisor != 0) & ((a < 0) != (divisor < 0))).astype(a.dtype)
+    )
 
 
 @builds("div")
@@ -722,7 +730,9 @@ def _cvt(b: Builder) -> Step:
 def _space(b: Builder) -> str:
     for part in b.parts[1:]:
         if part in ("param", "global", "const", "local") or part.split("::")[0] == "shared":
-            return {"const": "global", "param": "global", "shared::cta": "shared"}.get(part.replace("param::entry", "param"), part)
+            return {"const": "global", "param": "global", "shared::cta": "shared"}.get(
+                part.replace("param::entry", "param"), part
+            )
     return "generic"
 
 
@@ -781,7 +791,9 @@ def words(w: Warp, memory: Any, addresses: Array, lanes: Array, size: int, count
     return memory.views[size], (addresses - SHARED_BASE) // size
 
 
-def pieces(w: Warp, space: str, addresses: Array, lanes: Array, size: int, count: int) -> list[tuple[Array, Array, Array]]:
+def pieces(
+    w: Warp, space: str, addresses: Array, lanes: Array, size: int, count: int
+) -> list[tuple[Array, Array, Array]]:
     """(words, indices, lanes) of an access by ``lanes``, whose addresses these are; one piece as a rule."""
     found = []
     for memory, part, inside in place(w, space, addresses):
@@ -792,7 +804,9 @@ def pieces(w: Warp, space: str, addresses: Array, lanes: Array, size: int, count
             if bytes_of.find(int(inside.min()), int(inside.max()) + size * count) is None:
                 for number_, address in zip(numbers.tolist(), inside, strict=True):
                     if bytes_of.find(int(address), int(address) + size * count) is None:
-                        raise PtxError(f"lane {number_}: {size * count} bytes at {int(address):#x} are outside of the memory of the launch")
+                        raise PtxError(
+                            f"lane {number_}: {size * count} bytes at {int(address):#x} are outside of the memory of the launch"
+                        )
                     one = np.array([address])
                     view, at = words(w, memory, one, lanes, size, count)
                     found.append((view, at, np.array([number_])))
@@ -862,7 +876,9 @@ def _st(b: Builder) -> Step:
 def _atom(b: Builder) -> Step:
     returns = b.parts[0] == "atom"
     kind, space = b.kind, _space(b)
-    operation = next((p for p in b.parts if p in ("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec")), None)
+    operation = next(
+        (p for p in b.parts if p in ("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec")), None
+    )
     if operation is None or kind not in {*INTEGERS, "f32", "f64"} or b.has("v2", "v4", "async"):
         raise b.missing()
     write = b.write(b.operands[0], kind) if returns else None
@@ -896,7 +912,9 @@ def _atom(b: Builder) -> Step:
 
 @builds("cvta")
 def _cvta(b: Builder) -> Step:
-    window = SHARED_WINDOW if b.has("shared", "shared::cta", "shared::cluster") else LOCAL_WINDOW if b.has("local") else 0
+    window = (
+        SHARED_WINDOW if b.has("shared", "shared::cta", "shared::cluster") else LOCAL_WINDOW if b.has("local") else 0
+    )
     kind = b.kind
     if not window:
         return b.map(lambda x: x, kind, kind)
@@ -914,7 +932,11 @@ def _mapa(b: Builder) -> Step:
     dtype = DTYPES[kind]
 
     def mapa(x: Array, rank: Array) -> Array:
-        return (x & dtype.type(mask)) | ((rank.astype(dtype) + dtype.type(1)) << dtype.type(RANK_SHIFT)) | dtype.type(window)
+        return (
+            (x & dtype.type(mask))
+            | ((rank.astype(dtype) + dtype.type(1)) << dtype.type(RANK_SHIFT))
+            | dtype.type(window)
+        )
 
     return b.map(mapa, kind, kind, "u32")
 
@@ -1283,7 +1305,9 @@ def _mbarrier(b: Builder) -> Step:
                     state.transactions += value
                     value = 1
                 if value > state.pending:
-                    raise PtxError(f"{value} arrivals at the mbarrier at {at}, which waits for {state.pending} of {state.expected}")
+                    raise PtxError(
+                        f"{value} arrivals at the mbarrier at {at}, which waits for {state.pending} of {state.expected}"
+                    )
                 state.pending -= value
                 state.expected -= value if drops else 0
                 state.settle()

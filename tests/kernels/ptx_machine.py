@@ -445,7 +445,9 @@ class Warp:
                 group.pc = pc
                 if getattr(error, "placed", False):
                     raise
-                placed = type(error)(f"{error}; CTA {self.cta.index} warp {self.number}, {self.machine.program.instructions[pc]}")
+                placed = type(error)(
+                    f"{error}; CTA {self.cta.index} warp {self.number}, {self.machine.program.instructions[pc]}"
+                )
                 placed.placed = True  # type: ignore[attr-defined]
                 raise placed from error
             if result is None:

@@ -188,7 +188,11 @@ def conversion(to: str, source: str, modifiers: Sequence[str]) -> Callable[..., 
     relu = _relu if "relu" in modifiers else (lambda x: x)
     if "rna" in modifiers or "ftz" in modifiers:
         return None
-    integers = {f"{sign}{bits}": np.dtype(f"{'i' if sign == 's' else 'u'}{bits // 8}") for sign in "us" for bits in (8, 16, 32, 64)}
+    integers = {
+        f"{sign}{bits}": np.dtype(f"{'i' if sign == 's' else 'u'}{bits // 8}")
+        for sign in "us"
+        for bits in (8, 16, 32, 64)
+    }
     floats = {"f16": np.dtype("f2"), "f32": np.dtype("f4"), "f64": np.dtype("f8"), "bf16": np.dtype("u2")}
     if to in integers and source in integers:
         dtype = integers[to]
