@@ -421,7 +421,7 @@ def fma_f64(a: Array, b: Array, c: Array) -> Array:
     result = a * b + c
     for i in range(len(a)):
         x, y, z = float(a[i]), float(b[i]), float(c[i])
-        if np.isfinite(result[i]) and np.float64(np.float32(x)) != x or np.float64(np.float32(y)) != y:
+        if (np.isfinite(result[i]) and np.float64(np.float32(x)) != x) or np.float64(np.float32(y)) != y:
             exact = Fraction(x) * Fraction(y) + Fraction(z)
             if exact:
                 result[i] = float(exact)

@@ -171,7 +171,9 @@ def sources_of(kinds: str) -> list[Array]:
     ]
 
 
-@pytest.mark.parametrize(("instruction", "result", "kinds", "function"), INTEGER_CASES, ids=[c[0] for c in INTEGER_CASES])
+@pytest.mark.parametrize(
+    ("instruction", "result", "kinds", "function"), INTEGER_CASES, ids=[c[0] for c in INTEGER_CASES]
+)
 def test_integers(instruction: str, result: str, kinds: str, function: Callable[..., int]) -> None:
     """Guards against an integer instruction that wraps, extends or shifts in another way than PTX says."""
     check(instruction, result, function, *sources_of(kinds))
@@ -244,8 +246,11 @@ def floats(kind: str, seed: int, count: int = 512) -> Array:
     bits = random.integers(0, 1 << 32, count, dtype=np.uint32)
     values = bits.view("f4").copy()
     near = random.integers(0x3F000000, 0x41000000, count, dtype=np.uint32).view("f4")
-    values = np.where(random.random(count) < 0.6, near * np.where(random.random(count) < 0.5, -1, 1), values).astype("f4")
-    values = values.astype("f2").astype("f4") if kind == "f16" else values
+    values = np.where(random.random(count) < 0.6, near * np.where(random.random(count) < 0.5, -1, 1), values).astype(
+        "f4"
+    )
+    if kind == "f16":
+        values = torch.from_numpy(values).half().float().numpy()
     if kind == "bf16":
         values = torch.from_numpy(values.copy()).bfloat16().float().numpy()
     return np.where(np.isfinite(values), values, np.float32(1.5)).astype("f8")
@@ -266,7 +271,8 @@ def test_rounds_once(name: str, kind: str) -> None:
     base = kind.removesuffix("x2")
     values = [floats(base, seed) for seed in range(3 if name == "fma" else 2)]
     if name == "fma":  # sums that nearly cancel
-        values[2][::2] = (-(values[0] * values[1]).astype("f4" if base != "f16" else "f2"))[::2]
+        product = torch.from_numpy(-values[0] * values[1])
+        values[2][::2] = (product.half() if base == "f16" else product.float()).double().numpy()[::2]
         values[2] = np.where(np.isfinite(values[2]), values[2], 0)
         if base == "bf16":
             values[2] = torch.from_numpy(values[2]).bfloat16().double().numpy()
@@ -288,6 +294,15 @@ def test_rounds_once(name: str, kind: str) -> None:
     assert np.array_equal(np.where(zero, actual & sign, actual), np.where(zero, 0, wanted))
 
 
+def test_fma_at_a_tie() -> None:
+    """Guards against a sum that fp64 rounds to a tie of fp32."""
+    a, b, c = (1 + 2.0**-20) * 2.0**-12, (1 - 2.0**-20) * 2.0**-12, 1 + 2.0**-23
+    words = [np.array([x, -x, x], "f4").view("u4") for x in (a, b, c)]
+    expected = [rounded(Fraction(x) * Fraction(y) + Fraction(z), *FORMATS["f32"]) for x, y, z in
+                zip(*(word.view("f4").astype(float) for word in words), strict=True)]  # fmt: skip
+    assert lanes("fma.rn.f32 $0, $1, $2, $3", "u4", *words).view("f4").tolist() == expected
+
+
 def test_nan_and_zero() -> None:
     """Guards against a NaN of other bits than the GPU's, and against -0 that is as large as 0."""
     a = np.array([np.nan, np.inf, 1.0, -0.0, 0.0, np.nan], "f4").view("u4")
@@ -307,7 +322,9 @@ def test_nan_and_zero() -> None:
 
 def test_conversions() -> None:
     """Guards against encodings that round, saturate or order their halves otherwise than torch does."""
-    values = np.concatenate([floats("f32", 3), np.linspace(-500, 500, 991), [464.0, 448.0, 465.0, 2.0**-10, 3 * 2.0**-10]])
+    values = np.concatenate(
+        [floats("f32", 3), np.linspace(-500, 500, 991), [464.0, 448.0, 465.0, 2.0**-10, 3 * 2.0**-10]]
+    )
     x, y = values.astype("f4"), values[::-1].astype("f4").copy()
     tx = torch.from_numpy(x)
     half = {"bf16": tx.bfloat16(), "f16": tx.half()}
@@ -329,7 +346,9 @@ def test_conversions() -> None:
     assert np.array_equal(decoded[:, 0].astype("f4"), table, equal_nan=True)
     assert np.array_equal(decoded[:, 1].astype("f4"), table[::-1], equal_nan=True)
     small = np.array([0.25, 0.26, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 5.1, 100, -0.25, -5.1], "f4")
-    e2m1 = lanes("{ .reg .b8 d; cvt.rn.satfinite.e2m1x2.f32 d, 0f00000000, $1; cvt.u32.u8 $0, d; }", "u4", small.view("u4"))
+    e2m1 = lanes(
+        "{ .reg .b8 d; cvt.rn.satfinite.e2m1x2.f32 d, 0f00000000, $1; cvt.u32.u8 $0, d; }", "u4", small.view("u4")
+    )
     assert e2m1.tolist() == [0, 1, 2, 2, 4, 4, 6, 6, 7, 7, 8, 15]
     for text, function in {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}.items():
         expected = np.clip(function(x.astype("f8")), -(2.0**31), 2.0**31 - 1).astype("i8")
@@ -415,8 +434,10 @@ def test_mma(kind: str) -> None:
     for i, (row, column) in enumerate(((0, 0), (0, 1), (8, 0), (8, 1))):
         targets = ["%r20", "%r21", "%r22", "%r23"]
         text = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{{', '.join(targets)}}}, {{$1, $2, $3, $4}}, "
-        text += f"{{$5, $6}}, {{$7, $8, $9, %r33}}; mov.b32 $0, {targets[i]}"
-        last = "ld.param.b64 %rd20, [p9]; mov.u32 %r32, %tid.x; mul.wide.u32 %rd21, %r32, 4; add.s64 %rd20, %rd20, %rd21;"
+        text += f"{{$5, $6}}, {{$7, $8, $9, $9}}; mov.b32 $0, {targets[i]}"
+        last = (
+            "ld.param.b64 %rd20, [p9]; mov.u32 %r32, %tid.x; mul.wide.u32 %rd21, %r32, 4; add.s64 %rd20, %rd20, %rd21;"
+        )
         del last
         text = text.replace("%r33", "$9") if i != 3 else text.replace("$9, %r33", "$8, $9")
         given = [*words, *(sums[:3] if i != 3 else [sums[0], sums[1], sums[3]])]
@@ -439,11 +460,11 @@ def test_memory() -> None:
     """
     execute(body, [x, out], shared=512)
     assert np.array_equal(out.reshape(-1, 4), x.reshape(-1, 4)[:, [2, 3, 0, 1]])
-    with pytest.raises(PtxError, match="outside of the memory of the launch.*ld.global"):
+    with pytest.raises(PtxError, match=r"outside of the memory of the launch.*ld.global"):
         execute(body, [x[:-1], out], shared=512)
     with pytest.raises(PtxError, match=r"shared address .* outside .*st.shared"):
         execute(body, [x, out], shared=496)
-    with pytest.raises(PtxError, match="no multiple"):
+    with pytest.raises(PtxError, match=r"no multiple"):
         execute(body.replace("[%r2+8]", "[%r2+4]"), [x, out], shared=512)
 
 
@@ -501,12 +522,12 @@ def test_ring(swizzle: int) -> None:
     rows, steps = 1024 // inner, 5
     x, out = np.arange(40 * (inner // 2 + 16), dtype="u2").reshape(40, -1), np.zeros((steps, rows, inner // 2), "u2")
     width = inner // 2 - 10
-    tensor = TensorMap(x.ctypes.data, 2, (width, 3), (x.strides[0],), (inner // 2, rows), swizzle)
+    tensor = TensorMap(x.ctypes.data, 2, (width, rows + 2), (x.strides[0],), (inner // 2, rows), swizzle)
     body = RING.replace("STEPS", str(steps)).replace("ARRIVE", "mbarrier.arrive.shared.b64 %rd9, [smem+8];")
     expected = np.zeros_like(out)
     for step in range(steps):
         dense = np.zeros((rows, inner // 2), "u2")
-        for row in range(max(0, min(rows, 3 - step))):
+        for row in range(min(rows, rows + 2 - step)):
             dense[row, 8 : 8 + width] = x[step + row, :width][: inner // 2 - 8]
         chunks = dense.reshape(-1, 8)
         for i in range(64):  # 16-byte chunk i of the box lies at chunk j
@@ -515,18 +536,18 @@ def test_ring(swizzle: int) -> None:
             expected[step].reshape(-1, 8)[j] = chunks[i]
     for seed in range(6):
         out[:] = 1
-        options = {"memory": None, "tensor_map": lambda raw: tensor, "seed": seed}
-        del options["memory"]
-        execute(body, [x, out], block=64, shared=2048, extra=[bytes(128)], **options)
+        execute(body, [x, out], block=64, shared=2048, extra=[bytes(128)], tensor_map=lambda raw: tensor, seed=seed)
         assert np.array_equal(out, expected), seed
     broken = body.replace("mbarrier.arrive.shared.b64 %rd9, [smem+8];", "")
-    with pytest.raises(Deadlock, match="mbarrier.try_wait"):
+    with pytest.raises(Deadlock, match=r"mbarrier.try_wait"):
         execute(broken, [x, out], block=64, shared=2048, extra=[bytes(128)], tensor_map=lambda raw: tensor)
     early = body.replace("[smem+8], %r4, 10000000", "[smem+8], 1, 10000000").replace("[smem], %r4, 1", "[smem], 1, 1")
     results = []
     for seed in range(6):  # nobody waits: some order shows it
         try:
-            execute(early, [x, out], block=64, shared=2048, extra=[bytes(128)], tensor_map=lambda raw: tensor, seed=seed)
+            execute(
+                early, [x, out], block=64, shared=2048, extra=[bytes(128)], tensor_map=lambda raw: tensor, seed=seed
+            )
             results.append(np.array_equal(out, expected))
         except PtxError:
             results.append(False)
@@ -549,12 +570,14 @@ def test_barriers() -> None:
         out[:] = 0
         execute(body, [out], block=96, shared=512, seed=seed)
         assert out[:64].tolist() == list(range(100, 164))
-    with pytest.raises(PtxError, match="128 threads for one warp, 96 for another|96 threads for one warp, 128 for another"):
+    with pytest.raises(
+        PtxError, match=r"128 threads for one warp, 96 for another|96 threads for one warp, 128 for another"
+    ):
         execute(body.replace("sync 1, 96", "sync 1, 128"), [out], block=96, shared=512)
-    with pytest.raises(Deadlock, match="bar.sync 2, 96"):
+    with pytest.raises(Deadlock, match=r"bar.sync 2, 96"):
         execute(body.replace("sync 1, 96", "sync 2, 96"), [out], block=96, shared=512)
     part = "mov.u32 %r1, %tid.x; setp.lt.s32 %p1, %r1, 7; @%p1 bra A; bar.sync 0; A: "
-    with pytest.raises(Deadlock, match="bar.sync 0"):
+    with pytest.raises(Deadlock, match=r"bar.sync 0"):
         execute(part.replace("A: ", "A: bar.sync 0;"), [out], block=32, max_steps=1000)
 
 
