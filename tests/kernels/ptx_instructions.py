@@ -91,7 +91,7 @@ def _exit_some(w: Warp, active: Array, live: Array) -> Any:
     w.live = w.live & ~active
     for group in w.groups:
         group.mask = group.mask & ~active
-    return None
+    return YIELD
 
 
 class Builder:
@@ -421,7 +421,7 @@ def fma_f64(a: Array, b: Array, c: Array) -> Array:
     result = a * b + c
     for i in range(len(a)):
         x, y, z = float(a[i]), float(b[i]), float(c[i])
-        if (np.isfinite(result[i]) and np.float64(np.float32(x)) != x) or np.float64(np.float32(y)) != y:
+        if np.isfinite(result[i]) and (np.float32(x) != x or np.float32(y) != y):  # else the product is exact
             exact = Fraction(x) * Fraction(y) + Fraction(z)
             if exact:
                 result[i] = float(exact)
@@ -1435,6 +1435,8 @@ def _copy_tile(
         raise PtxError(f"a swizzled copy of {size} bytes to shared address {place_} leaves the shared memory")
     for owner, signalled in ctas:
         signalled.mbarrier(signal)
+        if any(place_ - 8 < at < place_ + size for at in owner.mbarriers):
+            raise PtxError(f"a copy of {size} bytes to shared address {place_} overwrites an mbarrier")
         owner.shared[index] = 0xFF
 
         def complete(owner: Cta = owner, signalled: Cta = signalled) -> None:

@@ -358,8 +358,11 @@ class Warp:
         self.local = np.full((32, machine.local_bytes), 0xFF, np.uint8) if machine.local_bytes else None
         self.cluster_phase = 0
         self.steps = 0
+        self.is_stuck = False  # lanes that do not wait need some that do
 
     def runnable(self) -> bool:
+        if self.is_stuck:
+            return any(group.blocked is not None and group.blocked.ready() for group in self.groups)
         return any(group.blocked is None or group.blocked.ready() for group in self.groups)
 
     def where(self) -> str:
@@ -371,7 +374,7 @@ class Warp:
     def run(self, budget: int) -> int:
         """Executes up to a number of instructions; how many."""
         code, start = self.machine.code, budget
-        groups = self.groups
+        groups, self.is_stuck = self.groups, False
         while budget > 0 and groups:
             groups.sort(key=lambda group: group.pc)
             missing, chosen = False, None
@@ -415,6 +418,7 @@ class Warp:
                     break
                 if missing:
                     if any(group.blocked is not None for group in groups):
+                        self.is_stuck = True
                         return start - budget
                     raise Deadlock(f"lanes that a .sync needs never get there; {self.where()}")
             elif result[1] is YIELD:

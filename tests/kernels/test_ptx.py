@@ -541,6 +541,9 @@ def test_ring(swizzle: int) -> None:
     broken = body.replace("mbarrier.arrive.shared.b64 %rd9, [smem+8];", "")
     with pytest.raises(Deadlock, match=r"mbarrier.try_wait"):
         execute(broken, [x, out], block=64, shared=2048, extra=[bytes(128)], tensor_map=lambda raw: tensor)
+    inside = body.replace("add.s32 %r6, %r2, 1024", "add.s32 %r6, %r2, 0")
+    with pytest.raises(PtxError, match=r"overwrites an mbarrier.*cp.async.bulk"):
+        execute(inside, [x, out], block=64, shared=2048, extra=[bytes(128)], tensor_map=lambda raw: tensor)
     early = body.replace("[smem+8], %r4, 10000000", "[smem+8], 1, 10000000").replace("[smem], %r4, 1", "[smem], 1, 1")
     results = []
     for seed in range(6):  # nobody waits: some order shows it
@@ -579,6 +582,29 @@ def test_barriers() -> None:
     part = "mov.u32 %r1, %tid.x; setp.lt.s32 %p1, %r1, 7; @%p1 bra A; bar.sync 0; A: "
     with pytest.raises(Deadlock, match=r"bar.sync 0"):
         execute(part.replace("A: ", "A: bar.sync 0;"), [out], block=32, max_steps=1000)
+
+
+def test_lanes_that_wait_for_each_other() -> None:
+    """Guards against a hang: lanes at a shuffle need some that wait, first in vain and then not."""
+    out = np.zeros(64, "u4")
+    body = """
+      mov.u32 %r1, %tid.x; setp.ne.s32 %p1, %r1, 0; @%p1 bra A; mbarrier.init.shared.b64 [smem], 1;
+    A: bar.sync 0; mov.b32 %r2, 1; setp.ge.s32 %p1, %r1, 32; @%p1 bra SECOND; and.b32 %r3, %r1, 1;
+      setp.eq.s32 %p2, %r3, 0; @%p2 bra MEET;
+    WAIT: mbarrier.try_wait.parity.shared.b64 %p3, [smem], 0; @!%p3 bra WAIT;
+      mov.b32 %r2, 2;
+    MEET: shfl.sync.bfly.b32 %r4, %r2, 1, 31, -1; mul.wide.u32 %rd1, %r1, 4; ld.param.b64 %rd2, [p0];
+      add.s64 %rd2, %rd2, %rd1; st.global.b32 [%rd2], %r4; ret;
+    SECOND: setp.lt.s32 %p4, %r1, 40; @%p4 ret; elect.sync %r5|%p5, 0xFFFFFF00; @%p5 mbarrier.arrive.shared.b64 _, [smem];
+    """
+    for seed in range(4):
+        out[:] = 0
+        execute(body, [out], block=64, shared=16, seed=seed)
+        assert out.tolist() == [2, 1] * 16 + [0] * 32
+    with pytest.raises(Deadlock, match=r"16 lanes at .*shfl"):
+        execute(
+            body.replace("@%p5 mbarrier.arrive.shared.b64 _, [smem];", ""), [out], block=64, shared=16, max_steps=10**5
+        )
 
 
 def test_cluster() -> None:
