@@ -1435,7 +1435,7 @@ def _copy_tile(
         raise PtxError(f"a swizzled copy of {size} bytes to shared address {place_} leaves the shared memory")
     for owner, signalled in ctas:
         signalled.mbarrier(signal)
-        if any(place_ - 8 < at < place_ + size for at in owner.mbarriers):
+        if any(place_ - 8 < barrier < place_ + size for barrier in owner.mbarriers):
             raise PtxError(f"a copy of {size} bytes to shared address {place_} overwrites an mbarrier")
         owner.shared[index] = 0xFF
 

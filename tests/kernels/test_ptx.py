@@ -557,6 +557,28 @@ def test_ring(swizzle: int) -> None:
     assert not all(results)
 
 
+def test_early_read() -> None:
+    """Guards against copies that are there at once: a read that does not wait must find 0xFF in some orders."""
+    x, out = np.arange(512, dtype="u2"), np.zeros(2, "u4")
+    tensor = TensorMap(x.ctypes.data, 2, (64, 8), (128,), (64, 8))
+    body = """
+      mov.u32 %r1, %tid.x; setp.ne.s32 %p1, %r1, 0; @%p1 bra END; mbarrier.init.shared.b64 [smem], 1;
+      st.shared.b32 [smem+1024], 5; mov.b32 %r2, smem; add.s32 %r3, %r2, 1024; ld.param.b64 %rd1, [p1]; mov.b32 %r4, 0;
+      mbarrier.arrive.expect_tx.shared.b64 _, [smem], 1024; mov.b64 %rd2, p2;
+      cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes [%r3], [%rd2, {%r4, %r4}], [%r2];
+      ld.shared.b32 %r5, [smem+1024]; st.global.b32 [%rd1], %r5;
+    WAIT: mbarrier.try_wait.parity.shared.b64 %p3, [smem], 0; @!%p3 bra WAIT;
+      ld.shared.b32 %r5, [smem+1024]; st.global.b32 [%rd1+4], %r5;
+    END:
+    """
+    seen = set()
+    for seed in range(10):
+        execute(body, [x, out], shared=2048, extra=[bytes(128)], tensor_map=lambda raw: tensor, seed=seed)
+        assert out[1] == 1 << 16
+        seen.add(int(out[0]))
+    assert seen == {0xFFFFFFFF, 1 << 16}
+
+
 def test_barriers() -> None:
     """Guards against named barriers that let warps pass too early, and waits that never end unseen."""
     out = np.zeros(96, "u4")
