@@ -54,6 +54,17 @@ def test_products_of_few_tokens(tokens: int, rows: list[int], k: int) -> None:
     assert executed == ["sm90.decode_mm"]
 
 
+@pytest.mark.parametrize(("tokens", "rows", "k"), [(40, [72], 512), (70, [136, 8], 512), (200, [64], 256)], ids=str)
+def test_products_of_many_tokens(tokens: int, rows: list[int], k: int) -> None:
+    """Guards against descriptors, swizzles and fragments that do not fit each other, and tiles past an edge."""
+    activation, weights = dense_operands(tokens, rows, k, nan_share=0.001)
+    bias = torch.randn(sum(rows)).bfloat16()
+    executed = assert_code_agrees(
+        ops.nvfp4_mm.default, *activation, *weights, bias, torch.bfloat16, seeds=(0, 1) if tokens == 40 else (2,)
+    )
+    assert set(executed) == {"sm90.expand", "sm90.wgmma_w4"}
+
+
 def test_products_with_bf16_activations() -> None:
     """Guards against another order of K for activations that are not packed, and infinities that spread."""
     _, weights = dense_operands(3, [40], 512)
@@ -75,6 +86,7 @@ def test_a_cluster_that_shares_k(monkeypatch: pytest.MonkeyPatch) -> None:
         Case(1, 3, 8, 256, 256),
         Case(3, 2, 4, 512, 256, "any", "before_down", "token", True, True),
         Case(9, 2, 3, 48, 32, "nobody", granularity="tensor_pow2"),
+        Case(40, 2, 3, 256, 256, has_halves=True),
     ],
     ids=str,
 )
@@ -104,15 +116,23 @@ def test_dequantise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("tokens", "old", "new"),
     [
-        (r"(mma\.sync\S+ \{[^}]*\}, \{[^}]*\}, )\{(%r\d+), (%r\d+)\}", r"\1{\3, \2}"),
-        (r"mul\.rn\.f16x2 (%r\d+), (%r\d+), (%r\d+);", r"mov.b32 \1, \2;"),
-        (r"bar\.sync\s+1, \d+;", ""),
+        (2, r"(mma\.sync\S+ \{[^}]*\}, \{[^}]*\}, )\{(%r\d+), (%r\d+)\}", r"\1{\3, \2}"),
+        (2, r"mul\.rn\.f16x2 (%r\d+), (%r\d+), (%r\d+);", r"mov.b32 \1, \2;"),
+        (2, r"bar\.sync\s+1, \d+;", ""),
+        (40, r"(wgmma\.mma_async\S+ \{[^}]*\}, )\{(%r\d+), (%r\d+)", r"\1{\3, \2"),
+        (40, r"(stmatrix\S+)\.trans", r"\1"),
     ],
-    ids=["halves of K exchanged", "no block scales", "no barrier behind the activations"],
+    ids=[
+        "halves of K exchanged",
+        "no block scales",
+        "no barrier behind the activations",
+        "rows exchanged",
+        "a tile that is not transposed",
+    ],
 )
-def test_sees_code_that_is_wrong(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sees_code_that_is_wrong(tokens: int, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a check that cannot fail: one kind of instruction changed, and the product differs."""
     real = execution.launches
     changed = 0
@@ -127,8 +147,8 @@ def test_sees_code_that_is_wrong(old: str, new: str, monkeypatch: pytest.MonkeyP
         return found
 
     monkeypatch.setattr(execution, "launches", launches)
-    activation, weights = dense_operands(2, [40], 512)
-    with pytest.raises(AssertionError, match=r"sm90\.decode_mm"):
+    activation, weights = dense_operands(tokens, [40], 256)
+    with pytest.raises(AssertionError, match=r"sm90\.(decode_mm|wgmma_w4)"):
         assert_code_agrees(ops.nvfp4_mm.default, *activation, *weights, None, torch.bfloat16)
     assert changed > 0
 

@@ -675,7 +675,13 @@ def test_kernels_parse(name: str, config: Any) -> None:
 
 def test_unknown() -> None:
     """Guards against an instruction that is taken for another one."""
-    text = HEAD.format(parameters="", body="wgmma.fence.sync.aligned; add.rz.f32 %f1, %f2, %f3; mov.b32 %r1, 0;")
-    assert unknown_instructions(text) == ["PTX: wgmma.fence.sync.aligned", "PTX: add.rz.f32 %f1, %f2, %f3"]
-    with pytest.raises(NotImplementedError, match="wgmma"):
+    text = HEAD.format(
+        parameters="",
+        body="ldmatrix.sync.aligned.m8n8.x1.shared.b16 %r1, [%r1]; add.rz.f32 %f1, %f2, %f3; mov.b32 %r1, 0;",
+    )
+    assert unknown_instructions(text) == [
+        "PTX: ldmatrix.sync.aligned.m8n8.x1.shared.b16 %r1, [%r1]",
+        "PTX: add.rz.f32 %f1, %f2, %f3",
+    ]
+    with pytest.raises(NotImplementedError, match="ldmatrix"):
         run(text, ONE, (32, 1, 1), ONE, 0, [])

@@ -5,8 +5,9 @@ that structured code reconverges. Warps of a cluster interleave in an order draw
 other. Global memory is that of this process; shared memory starts as 0xFF, and the target of a bulk copy is 0xFF until
 the copy completes, which is at a step drawn from the seed.
 
-What differs from a GPU: ``.approx`` functions are correctly rounded; an ``mma`` sums in fp64 and rounds once; wgmma is
-missing. Everything else is meant to be exact, NaNs included.
+What differs from a GPU: memory is sequentially consistent, so a fence that is missing does not show; ``.approx``
+functions are correctly rounded; an ``mma`` or ``wgmma`` sums in fp64, rounds once, and is over at once. Everything else is
+meant to be exact, NaNs included.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tests.kernels.ptx_instructions import build
-from tests.kernels.ptx_machine import Deadlock, Instruction, Machine, PtxError, TensorMap, Triple, parse
+from tests.kernels.ptx import access, arithmetic, barriers, control, copies, wgmma  # noqa: F401 - instructions
+from tests.kernels.ptx.builder import build
+from tests.kernels.ptx.machine import Deadlock, Instruction, Machine, PtxError, TensorMap, Triple, parse
 
 __all__ = ["Deadlock", "PtxError", "TensorMap", "run", "unknown_instructions"]
 
