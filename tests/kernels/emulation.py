@@ -42,6 +42,7 @@ from tests.kernels.emulated_kernels import KERNELS, STARTS_NEXT_LATE, early_read
 EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 HOST_READS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique_consecutive"}
 NO_LAUNCH = {"detach", "alias", "_reshape_alias", "_unsafe_view", "set_"}
+Run = Callable[[str, Any, Sequence[Any]], None]
 
 
 @dataclass
@@ -66,13 +67,16 @@ def _label(name: str, config: Any) -> str:
 
 
 @contextlib.contextmanager
-def emulated_hopper(sms: int = device.HOPPER_SM_COUNT) -> Iterator[Trace]:
-    """Makes CUDA implementations run on CPU tensors, as if on a Hopper GPU of ``sms`` multiprocessors."""
+def emulated_hopper(sms: int = device.HOPPER_SM_COUNT, run: Run | None = None) -> Iterator[Trace]:
+    """Makes CUDA implementations run on CPU tensors, as if on a Hopper GPU of ``sms`` multiprocessors.
+
+    ``run`` is called for each launch in place of the function that stands for its kernel.
+    """
     trace = Trace()
     order = _Order()
 
     def kernel(name: str, config: Any) -> Callable[..., None]:
-        return functools.partial(_launch, trace, order, name, config)
+        return functools.partial(_launch, trace, order, run or run_stand_in, name, config)
 
     def mm(a: Tensor, b: Tensor, *rest: Any, **options: Any) -> Tensor:
         if "out_dtype" not in options:
@@ -96,14 +100,19 @@ def emulated_hopper(sms: int = device.HOPPER_SM_COUNT) -> Iterator[Trace]:
         yield trace
 
 
-def _launch(trace: Trace, order: _Order, name: str, config: Any, *arguments: Any) -> None:
+def run_stand_in(name: str, config: Any, arguments: Sequence[Any]) -> None:
+    """Runs the function that stands for a kernel."""
+    KERNELS[type(config)](name, config, *arguments)
+
+
+def _launch(trace: Trace, order: _Order, run: Run, name: str, config: Any, *arguments: Any) -> None:
     label = f"{name} {config}"
     with _disable_current_modes():
         check_arguments(label, _fakes(name, config), arguments)
         trace.kernels.append((name, config))
         order.launch(label, config, arguments)
         try:
-            KERNELS[type(config)](name, config, *arguments)
+            run(name, config, arguments)
         except (IndexError, RuntimeError) as error:
             raise AssertionError(f"{label}: {error}") from error
 
@@ -236,21 +245,25 @@ def poison(x: Tensor) -> None:
 # Operators
 
 
-def emulated(op: OpOverload, *arguments: Any, sms: int = device.HOPPER_SM_COUNT) -> tuple[tuple[Tensor, ...], Trace]:
+def emulated(
+    op: OpOverload, *arguments: Any, sms: int = device.HOPPER_SM_COUNT, run: Run | None = None
+) -> tuple[tuple[Tensor, ...], Trace]:
     """Results and launches of an operator's CUDA implementation, called with CPU tensors, which must not change."""
     inputs = [part for part in pytree.tree_leaves(arguments) if isinstance(part, Tensor)]
     before = [bytes_of(part) for part in inputs]
     fresh_weights.wrote()
-    with emulated_hopper(sms) as trace:
+    with emulated_hopper(sms, run) as trace:
         results = CUDA_IMPLEMENTATIONS[op](*arguments)
     for part, content in zip(inputs, before, strict=True):
         assert torch.equal(bytes_of(part), content), "an input has changed"
     return (results if isinstance(results, tuple) else (results,)), trace
 
 
-def assert_as_on_cpu(op: OpOverload, *arguments: Any, sms: int = device.HOPPER_SM_COUNT) -> Trace:
+def assert_as_on_cpu(
+    op: OpOverload, *arguments: Any, sms: int = device.HOPPER_SM_COUNT, run: Run | None = None
+) -> Trace:
     """Checks that an operator's CUDA implementation has the bits and shapes of its CPU kernel; returns its launches."""
-    actual, trace = emulated(op, *arguments, sms=sms)
+    actual, trace = emulated(op, *arguments, sms=sms, run=run)
     assert_same(actual, op(*arguments), f"after {trace.names}")
     return trace
 
