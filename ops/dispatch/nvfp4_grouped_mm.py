@@ -94,10 +94,10 @@ def _question(
 ) -> tuning.Question:
     """The plans that run a shape on tensor cores."""
 
-    def fits(plan: Plan) -> bool:
-        return _decode_config(plan.block, k, is_packed, has_schedule, out_dtype) is not None
+    def fits(block: tuple[int, int, int]) -> bool:
+        return _decode_config(block, k, is_packed, has_schedule, out_dtype) is not None
 
-    plans = grouped_plans(rows, groups, decode_mm.GROUPED_TILE_ROWS, fits if read_by_decode else None)
+    plans = grouped_plans(rows, groups, fits if read_by_decode else None)
     key = (
         f"groups {tuning.bucket(rows)} rows of {groups} x {n} x {k} {decode_mm.OUT_DTYPE_NAMES[out_dtype]}"
         f"{'' if is_packed else ' apart'}{' offsets' if has_schedule and is_packed else ''}"

@@ -168,9 +168,8 @@ def requantize_kernel(
     ctas, _, _ = cute.arch.grid_dim()
     row_vectors = Int32(cute.size(h, mode=[1])) // VALUES
     if cutlass.const_expr(pdl):
-        # In this order: the next product reads the schedule without waiting for this kernel, see has_old_schedule.
-        cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()
     rows = schedule[0, 1]
     source, target = address_of(h), address_of(scaled)
     if cutlass.const_expr(granularity == "token"):
