@@ -1,4 +1,7 @@
-"""HuggingFace's DeepSeek V4 compiled, its graph run with emulated Hopper kernels: every operator has the CPU's bits."""
+"""HuggingFace's DeepSeek V4 compiled, its graph run with emulated Hopper kernels: every operator has the CPU's bits.
+
+At one number of tokens every operator of the graph also runs by the compiled code of its kernels.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,10 @@ from dsv4_compile.ops.registration import CUDA_IMPLEMENTATIONS
 from dsv4_compile.options import Options
 from tests.integration.test_gpu_model import WIDTHS
 from tests.kernels.emulation import assert_as_on_cpu, assert_same, emulated_hopper
+from tests.kernels.execution import Executions
 
 TOKENS = 61  # a prime that divides no width, see warming.TRACED_TOKENS
+TOKENS_BY_CODE = 7  # at which the compiled code of the kernels runs too
 EXPERTS = 8
 # One layer of each kind, in two models: what costs time here is tracing.
 LAYERS: dict[str, dict[str, Any]] = {
@@ -74,7 +79,7 @@ def filled(like: Tensor) -> Tensor:
 @pytest.mark.parametrize(("width", "gsa"), [("narrow", "tensor"), ("wide", "token")])
 def test_every_operator_agrees_with_the_cpu(width: str, gsa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against operands of a real graph that a launch refuses, misreads or reads too early, at any number of
-    tokens; and against kernels that warming does not find."""
+    tokens; against kernels whose code does something else; and against kernels that warming does not find."""
     monkeypatch.setattr(warming, "TRACED_TOKENS", TOKENS)
     options = Options.parse(None, {"gsa": gsa})
     checked: Counter[str] = Counter()
@@ -110,7 +115,12 @@ def test_every_operator_agrees_with_the_cpu(width: str, gsa: str, monkeypatch: p
     warmed, _ = warming.kernels_of(calls.values(), [TOKENS])
     assert set(launched) == set(warmed)
 
+    by_code = Executions()
     for tokens in (1, 7, 33, 260):
         for call in calls.values():
             arguments = pytree.tree_map_only(Tensor, filled, call.at(tokens).arguments)
             assert_as_on_cpu(call.op, *arguments)
+            if tokens == TOKENS_BY_CODE:
+                assert_as_on_cpu(call.op, *arguments, sms=16, run=by_code)
+    assert by_code.without == {}
+    assert len(by_code.executed) > len(calls)
