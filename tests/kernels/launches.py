@@ -61,7 +61,7 @@ CUDA = 2  # DLPack's code of the device
 CLUSTER_DIMENSION, PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # cudaLaunchAttributeID
 ATTRIBUTE_BYTES = 72
 DLPACK_CODES = {  # code and bits
-    torch.uint8: (1, 8), torch.int32: (0, 32), torch.int64: (0, 64), torch.float32: (2, 32), torch.float16: (2, 16),
+    torch.uint8: (1, 8), torch.int16: (0, 16), torch.int32: (0, 32), torch.int64: (0, 64), torch.float32: (2, 32), torch.float16: (2, 16),
     torch.bfloat16: (4, 16), torch.float8_e4m3fn: (10, 8), torch.bool: (6, 8),
 }  # fmt: skip
 

@@ -98,6 +98,25 @@ def test_experts(case: Case) -> None:
     assert "sm90.moe_requantize" in executed
 
 
+@pytest.mark.parametrize(("n", "k"), [(48, 512), (24, 48)], ids=str)
+def test_groups_that_end_at_offsets(n: int, k: int) -> None:
+    """Guards against rows of a group that another one's weight multiplies, and rows behind the last that keep what memory
+    held."""
+    activation = any_packed(20, k=k, scale_shape=(20,))
+    weights = any_packed(4, n, k=k, scale_shape=(4,))
+    offsets = torch.tensor([3, 3, 11, 17], dtype=torch.int32)
+    executed = assert_code_agrees(ops.nvfp4_grouped_mm.default, *activation, *weights, offsets, torch.bfloat16)
+    assert {"sm90.moe_align", "sm90.zero_tail"} < set(executed)
+
+
+def test_router() -> None:
+    """Guards against a score that is one bit off, and a tie broken another way."""
+    logits = torch.randn(5, 64) * 4
+    logits[::2] = logits[::2].round()
+    bias = torch.randint(-2, 3, (64,)) / 4
+    assert_code_agrees(ops.topk_router.default, logits, bias, None, None, 6, "sqrtsoftplus", "sum", 1e-20, 2.5)
+
+
 @pytest.mark.parametrize("granularity", ["tensor", "token"])
 def test_quantisers(granularity: str) -> None:
     """Guards against a code, scale or global scale that differs: the arithmetic itself, bit for bit."""
