@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dsv4_compile.ops.dispatch.alignment import aligned as aligned
 from dsv4_compile.ops.kernels import cache
 from dsv4_compile.ops.kernels.device import HOPPER_SM_COUNT, sm_count
 
@@ -64,6 +63,8 @@ class Config:
         has_row_weight: the result of ``swiglu`` is multiplied by a weight of its row.
         has_row_scale: the activation has a global scale, one for all rows or one a row.
         has_schedule: the tiles of a grouped product are those of a schedule on the device, not of groups of one size.
+        has_old_schedule: the schedule was complete before the launch in front of this one let this one begin: weights
+            are loaded while that runs.
     """
 
     token_slots: int
@@ -82,6 +83,7 @@ class Config:
     has_row_weight: bool = False
     has_row_scale: bool = True
     has_schedule: bool = True
+    has_old_schedule: bool = False
 
     @property
     def block_rows(self) -> int:
@@ -250,19 +252,22 @@ def choose_grouped(
     has_row_weight: bool,
     out_dtype: torch.dtype,
     has_schedule: bool = True,
+    tile_rows: int = GROUPED_TILE_ROWS,
+    has_old_schedule: bool = False,
 ) -> Config | None:
-    """The grouped variant of a block shape, tiles of 8 routed rows; None where K is not in steps.
+    """The grouped variant of a block shape, tiles of 1 or 8 routed rows; None where K is not in steps.
 
     Args:
         block: row tiles, row warps and K warps: :func:`grouped_block`, or one of :data:`GROUPED_BLOCKS`.
         k: K.
-        is_packed, is_swiglu, has_row_weight, out_dtype, has_schedule: see :class:`Config`.
+        is_packed, is_swiglu, has_row_weight, out_dtype, has_schedule, has_old_schedule: see :class:`Config`.
+        tile_rows: 1 or 8, the most rows of a tile.
     """
     if k % STEP_K or not k:
         return None
     row_tiles, row_warps, k_warps = block
     config = Config(
-        token_slots=GROUPED_TILE_ROWS,
+        token_slots=tile_rows,
         row_tiles=row_tiles,
         row_warps=row_warps,
         k_warps=k_warps,
@@ -277,6 +282,7 @@ def choose_grouped(
         has_gather=is_packed and is_swiglu,
         has_row_weight=has_row_weight,
         has_schedule=has_schedule,
+        has_old_schedule=has_old_schedule,
     )
     return config if config.class_slots(k) >= 1 else None
 

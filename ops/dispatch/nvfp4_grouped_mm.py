@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv4_compile.ops.dispatch import decode_mm, fresh_weights, tuning
+from dsv4_compile.ops.dispatch.alignment import aligned
 from dsv4_compile.ops.dispatch.expand import expand
 from dsv4_compile.ops.dispatch.expand_groups import expand_groups
 from dsv4_compile.ops.dispatch.grouped_unaligned import grouped_unaligned
@@ -58,7 +59,7 @@ def run(
     if offsets is not None:
         schedule = schedule_of_offsets(offsets, rows, tile_rows)
     if config is not None and not is_apart:
-        x, x_scales = (decode_mm.aligned(part.reshape(rows, -1)) for part in (a_codes, a_block_scales))
+        x, x_scales = (aligned(part.reshape(rows, -1)) for part in (a_codes, a_block_scales))
     elif offsets is None:
         x, schedule = expand_groups(a_codes, a_block_scales, tile_rows)
     else:
@@ -94,10 +95,10 @@ def _question(
 ) -> tuning.Question:
     """The plans that run a shape on tensor cores."""
 
-    def fits(block: tuple[int, int, int]) -> bool:
-        return _decode_config(block, k, is_packed, has_schedule, out_dtype) is not None
+    def fits(plan: Plan) -> bool:
+        return _decode_config(plan.block, k, is_packed, has_schedule, out_dtype) is not None
 
-    plans = grouped_plans(rows, groups, fits if read_by_decode else None)
+    plans = grouped_plans(rows, groups, decode_mm.GROUPED_TILE_ROWS, fits if read_by_decode else None)
     key = (
         f"groups {tuning.bucket(rows)} rows of {groups} x {n} x {k} {decode_mm.OUT_DTYPE_NAMES[out_dtype]}"
         f"{'' if is_packed else ' apart'}{' offsets' if has_schedule and is_packed else ''}"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsv4_compile import nvfp4
 from dsv4_compile.ops.dispatch import decode_mm, fresh_weights, tuning, wgmma_choice
+from dsv4_compile.ops.dispatch.alignment import aligned
 from dsv4_compile.ops.dispatch.expand import expand
 from dsv4_compile.ops.dispatch.wgmma_choice import Part, config_of, plan
 from dsv4_compile.ops.dispatch.wgmma_w4 import OUT_DTYPE_NAMES, STAGE_K, is_mappable, launch_dense
@@ -116,8 +117,8 @@ def _multiply(
         variant = None if question is None else tuning.answer(question, x)
         part_bias, part_out = None if bias is None else bias[columns], out[:, columns]
         if isinstance(variant, decode_mm.Config):
-            x = decode_mm.aligned(x)
-            x_scales = None if x_scales is None else decode_mm.aligned(x_scales)
+            x = aligned(x)
+            x_scales = None if x_scales is None else aligned(x_scales)
             decode_mm.decode_mm(variant, x, x_scales, row_scale, codes, scales, global_scales, part_bias, part_out)
             continue
         if expanded is None:

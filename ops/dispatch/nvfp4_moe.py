@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsv4_compile.ops.dispatch import decode_mm, tuning
+from dsv4_compile.ops.dispatch.alignment import aligned
 from dsv4_compile.ops.dispatch.expand import expand
 from dsv4_compile.ops.dispatch.grouped_unaligned import grouped_unaligned
 from dsv4_compile.ops.dispatch.grouped_wgmma import grouped_wgmma, partial_amax_size, supports_grouped_wgmma
@@ -43,7 +44,9 @@ class Plan:
     @property
     def name(self) -> str:
         """Name of the choices that a shape leaves open."""
-        return f"{self.path} {'x'.join(map(str, self.block)) if self.path == 'decode' else self.tile_rows}"
+        if self.path != "decode":
+            return f"{self.path} {self.tile_rows}"
+        return f"decode {'x'.join(map(str, self.block))}, tiles of {self.tile_rows}"
 
 
 def tile_rows_of(rows: int, experts: int) -> int:
@@ -89,7 +92,7 @@ def run(
 
     is_before = weight_position == "before_down"
     is_token = a_global_scale.dim() > 0 and a_global_scale.shape[0] > 1
-    plan = plan_of(rows, gate_up_codes, gate_up_block_scales, down_codes, down_block_scales)
+    plan = plan_of(topk_ids.shape[0], rows, gate_up_codes, gate_up_block_scales, down_codes, down_block_scales)
     alignment = align(
         topk_ids,
         experts,
@@ -104,10 +107,10 @@ def run(
     is_scaled_in_place = out_dtype == torch.bfloat16
     if plan.path == "decode":
         partial_amax = a_codes.new_empty(sm_count(a_codes), dtype=torch.float32)  # one a CTA
-        config = _decode_config(plan.block, hidden, True, is_before, out_dtype)
+        config = _decode_config(plan, hidden, True, is_before, out_dtype)
         assert config is not None, "plan_of looked"
         decode_mm.grouped_decode_mm(
-            config, decode_mm.aligned(a_codes), decode_mm.aligned(a_block_scales), row_scale,
+            config, aligned(a_codes), aligned(a_block_scales), row_scale,
             gate_up_codes, gate_up_block_scales,
             gate_up_global_scale.reshape(experts, -1).contiguous(), schedule, h,
             sorted_slots=alignment.sorted_slots, top_k=top_k, swiglu_limit=limit,
@@ -132,7 +135,7 @@ def run(
     scaled, h_scale = requantize(h, partial_amax, schedule, granularity, h if is_scaled_in_place else None)
     y = h.new_empty((rows, hidden), dtype=torch.float32)
     if plan.path == "decode":
-        config = _decode_config(plan.block, intermediate, False, False, torch.float32)
+        config = _decode_config(plan, intermediate, False, False, torch.float32)
         assert config is not None, "plan_of looked"
         scales = down_global_scale.contiguous().view(experts, 1)
         decode_mm.grouped_decode_mm(config, scaled, None, h_scale, down_codes, down_block_scales, scales, schedule, y)
@@ -145,13 +148,14 @@ def run(
 
 
 def plan_of(
+    tokens: int,
     rows: int,
     gate_up_codes: Tensor,
     gate_up_block_scales: Tensor,
     down_codes: Tensor,
     down_block_scales: Tensor,
 ) -> Plan:
-    """The plan for that many rows."""
+    """The plan for that many tokens and routed rows."""
     experts, hidden = down_codes.shape[:2]
     intermediate = 2 * down_codes.shape[2]
     x = gate_up_codes.new_empty((rows, hidden), dtype=torch.bfloat16, device="meta")
@@ -161,47 +165,57 @@ def plan_of(
     ):
         return Plan("unaligned", UNALIGNED_TILE_ROWS)
     read_by_decode = decode_mm.is_mappable(gate_up_codes, gate_up_block_scales, down_codes, down_block_scales)
-    plan: Plan = tuning.answer(_question(rows, experts, hidden, intermediate, read_by_decode), gate_up_codes)
+    question = _question(rows, tokens == 1, experts, hidden, intermediate, read_by_decode)
+    plan: Plan = tuning.answer(question, gate_up_codes)
     return plan
 
 
 @functools.lru_cache(maxsize=4096)
-def _question(rows: int, experts: int, hidden: int, intermediate: int, read_by_decode: bool) -> tuning.Question:
+def _question(
+    rows: int, is_one_token: bool, experts: int, hidden: int, intermediate: int, read_by_decode: bool
+) -> tuning.Question:
     """The plans that run a shape: the decode kernel's where activations fit beside a ring of weights."""
 
-    def fits(block: tuple[int, int, int]) -> bool:
+    def fits(plan: Plan) -> bool:
         products = (hidden, True), (intermediate, False)
-        return all(
-            _decode_config(block, k, is_gate_up, False, torch.bfloat16) is not None for k, is_gate_up in products
-        )
+        return all(_decode_config(plan, k, is_gate_up, False, torch.bfloat16) is not None for k, is_gate_up in products)
 
-    plans = grouped_plans(rows, experts, fits if read_by_decode else None)
-    gaps = "" if read_by_decode else " gaps"
-    key = f"experts {tuning.bucket(rows)} rows of {experts} x {hidden} x {intermediate}{gaps}"
+    # The rows of one token have an expert each.
+    tile_rows = 1 if is_one_token else decode_mm.GROUPED_TILE_ROWS
+    plans = grouped_plans(rows, experts, tile_rows, fits if read_by_decode else None)
+    key = (
+        f"experts {tuning.bucket(rows)} rows of {experts} x {hidden} x {intermediate}"
+        f"{' one token' if is_one_token else ''}{'' if read_by_decode else ' gaps'}"
+    )
     return tuning.Question(key, {plan.name: plan for plan in plans}, plans[0].name)
 
 
-def grouped_plans(rows: int, experts: int, fits: Callable[[tuple[int, int, int]], bool] | None) -> list[Plan]:
+def grouped_plans(rows: int, experts: int, tile_rows: int, fits: Callable[[Plan], bool] | None) -> list[Plan]:
     """Plans among which the fastest may be, the table's choice first.
 
     Args:
         rows: routed rows.
         experts: of which each row takes one.
-        fits: whether the decode kernel runs with a block shape; None where it cannot read the weights.
+        tile_rows: of the decode kernel's tiles.
+        fits: whether the decode kernel runs a plan; None where it cannot read the weights.
     """
     hit = max(1, min(rows, experts))
     wgmma = [Plan("wgmma", tile_rows_of(rows, experts))]
-    wgmma += [Plan("wgmma", tile_rows) for tile_rows in TILE_TOKENS if tile_rows != wgmma[0].tile_rows]
+    wgmma += [Plan("wgmma", tile) for tile in TILE_TOKENS if tile != wgmma[0].tile_rows]
     if fits is None or rows > TUNED_DECODE_AVERAGE_ROWS * hit:
         return wgmma
     first = decode_mm.grouped_block(rows)
     blocks = [first, *(block for block in decode_mm.GROUPED_BLOCKS if block != first)]
-    decode = [Plan("decode", decode_mm.GROUPED_TILE_ROWS, block) for block in blocks if fits(block)]
+    decode = [plan for block in blocks if fits(plan := Plan("decode", tile_rows, block))]
     is_decode = rows <= DECODE_AVERAGE_ROWS * hit and decode and decode[0].block == first
     return [*decode, *wgmma] if is_decode else [*wgmma, *decode]
 
 
 def _decode_config(
-    block: tuple[int, int, int], k: int, is_gate_up: bool, has_row_weight: bool, out_dtype: torch.dtype
+    plan: Plan, k: int, is_gate_up: bool, has_row_weight: bool, out_dtype: torch.dtype
 ) -> decode_mm.Config | None:
-    return decode_mm.choose_grouped(block, k, is_gate_up, is_gate_up, has_row_weight, out_dtype)
+    # The schedule is older than the first product, whose end requantisation waits for before it lets the second begin.
+    return decode_mm.choose_grouped(
+        plan.block, k, is_gate_up, is_gate_up, has_row_weight, out_dtype, tile_rows=plan.tile_rows,
+        has_old_schedule=not is_gate_up,
+    )  # fmt: skip

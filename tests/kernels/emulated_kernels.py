@@ -30,7 +30,7 @@ from dsv4_compile.ops.topk_router import scores
 CTA_THREADS = 512  # of the quantisers that own rows or look for a maximum
 AMAX_FLOOR = 1e-8
 # Kernels that call launch_dependents after their wait; the others call it first.
-STARTS_NEXT_LATE = (RowsConfig, AmaxConfig, FlatConfig, ExpandConfig, DequantizeConfig, RouterConfig)
+STARTS_NEXT_LATE = (RowsConfig, AmaxConfig, FlatConfig, ExpandConfig, DequantizeConfig, RouterConfig, RequantizeConfig)
 
 
 # What is read and written when
@@ -49,6 +49,8 @@ def early_reads(config: Any, arguments: Sequence[Any]) -> list[Tensor]:
         return [part for parts in arguments[3:6] for part in parts]
     if isinstance(config, DecodeConfig) and not config.has_schedule:
         return [arguments[5], arguments[6]]
+    if isinstance(config, DecodeConfig) and config.has_old_schedule:
+        return [arguments[i] for i in (4, 5, 6)]
     if isinstance(config, WgmmaConfig) and config.mode == "dense":
         return [part for parts in arguments[2:5] for part in parts]
     if isinstance(config, FlatConfig) and config.early:

@@ -60,10 +60,14 @@ def compiled_variants() -> list[Config]:
         for activation, has_bias in (("packed", False), ("bf16", True))
     ]
     grouped = [
-        choose_grouped(grouped_block(rows), 4096, is_packed, is_swiglu, is_swiglu, torch.bfloat16, has_schedule)
-        for rows in (6, 96)
-        for is_packed, is_swiglu, has_schedule in ((True, True, True), (False, False, True), (True, False, False))
-    ]
+        choose_grouped(
+            grouped_block(rows), 4096, is_packed, is_swiglu, is_swiglu, torch.bfloat16, has_schedule, tile_rows, is_old
+        )
+        for rows, tile_rows in ((6, 1), (6, 8), (96, 8))
+        for is_packed, is_swiglu, has_schedule, is_old in (
+            (True, True, True, False), (False, False, True, True), (True, False, False, False),
+        )
+    ]  # fmt: skip
     return list(dict.fromkeys(config for config in [*dense, *grouped] if config is not None))
 
 
@@ -169,11 +173,18 @@ MOE_CASES = [
 
 
 def moe_configs(tokens: int, experts: int, top_k: int, hidden: int, intermediate: int) -> tuple[Config, Config]:
-    gate_up = choose_grouped(grouped_block(tokens * top_k), hidden, True, True, False, torch.bfloat16)
-    down = choose_grouped(grouped_block(tokens * top_k), intermediate, False, False, False, torch.float32)
+    block, tile_rows = grouped_block(tokens * top_k), moe_tile_rows(tokens)
+    gate_up = choose_grouped(block, hidden, True, True, False, torch.bfloat16, tile_rows=tile_rows)
+    down = choose_grouped(
+        block, intermediate, False, False, False, torch.float32, tile_rows=tile_rows, has_old_schedule=True
+    )
     assert gate_up is not None
     assert down is not None
     return gate_up, down
+
+
+def moe_tile_rows(tokens: int) -> int:
+    return 1 if tokens == 1 else decode_mm.GROUPED_TILE_ROWS
 
 
 def schedule_of(ids: Tensor, experts: int, tile_rows: int) -> tuple[Tensor, Tensor, list[tuple[int, slice]]]:
@@ -198,7 +209,7 @@ def test_grouped(case: tuple[int, int, int, int, int]) -> None:
     gate_up_config, down_config = moe_configs(*case)
     ids = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
     ids[0, 0] = -1 if tokens > 1 else ids[0, 0]
-    sorted_slots, schedule, groups = schedule_of(ids, experts, decode_mm.GROUPED_TILE_ROWS)
+    sorted_slots, schedule, groups = schedule_of(ids, experts, moe_tile_rows(tokens))
     routed = groups[-1][1].stop
     x, x_scales, x_scale = packed(tokens, hidden, scale=2.0)
     gate_up = [packed(2 * intermediate, hidden, scale=0.05) for _ in range(experts)]

@@ -16,6 +16,9 @@ In the grouped modes a unit of work is a row block of one expert times the token
 earlier kernel made, and the CTAs share the units evenly. For SwiGLU half of a block are gate rows, half the matching
 up rows.
 
+One token fills the columns of a product differently: those of each member of a quad have that member's values of K and
+zeros elsewhere. So the sums of different blocks stay apart, and are multiplied by the scales instead of the weights.
+
 Partial sums of warps and of the CTAs of a cluster are added in a fixed order: the same bits on every run.
 """
 
@@ -29,9 +32,10 @@ from dsv4_compile.ops.dispatch.decode_mm import BARRIER_BYTES, MAX_STAGES, STEP_
 from dsv4_compile.ops.kernels.sm90 import numerics
 from dsv4_compile.ops.kernels.sm90.instructions import (
     EXPONENTS,
+    Decoder,
     add_f32,
-    decode_e2m1x8,
     decode_two_scales,
+    f16_of_bf16,
     load_cluster_f32,
     load_global_f32,
     load_global_i32,
@@ -41,16 +45,22 @@ from dsv4_compile.ops.kernels.sm90.instructions import (
     load_shared_u16,
     load_shared_v4,
     mma,
+    multiply_add_f32,
     multiply_f32,
     multiply_pair,
     permute,
     store_shared_f32,
     store_shared_v4,
+    two_scales_f32,
 )
 
 CODE_BYTES = STEP_K // 2  # of a row's step
 SCALE_BYTES = STEP_K // 16
 CONSUMERS_BARRIER = 1
+SHARED_KIB = 227  # of a multiprocessor, for CTAs
+# Zeros between barriers and activations, for columns of other members: a step of one token.
+ZERO_OFFSET = 2 * MAX_STAGES * 8
+ZERO_BYTES = BARRIER_BYTES - ZERO_OFFSET
 OUT_DTYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
 
 
@@ -73,9 +83,23 @@ class DecodeMM:
         # Stages go round the classes of warp groups that read them; a class has slots of its own.
         self.classes = max(1, config.k_warps // config.stage_steps)
         self.readers = config.row_warps * min(config.k_warps, config.stage_steps)  # warps a stage
-        # q * s of NVFP4 operands is exact in f16, which is cheaper to decode to; bf16 activations need bf16.
-        self.dtype = "f16" if config.activation == "packed" else "bf16"
+        few_warps = self.warps <= 8  # more warps have fewer pieces of the activations each, and fewer registers
+        self.pieces_in_flight = 2 if few_warps else 1
+        if config.activation == "packed":
+            self.pieces_in_flight = max(1, min(8 if few_warps else 4, config.token_slots // 2))
+        # q * s of NVFP4 operands is exact in f16, which is cheaper to decode to; activations of any value need bf16.
+        # The bf16 rows of a grouped product are such q * s: multiples of 2^-10 up to 2688 with at most 6 bits.
+        is_exact = config.activation == "packed" or self.is_grouped
+        self.dtype = "f16" if is_exact else "bf16"
         decoded_operands = 2 if config.activation == "packed" else 1
+        # One token leaves seven of a product's columns free. Each member of a quad gets columns of its own: a lane
+        # then holds the sum of one block, and the scale multiplies that instead of sixteen values.
+        self.has_columns_per_member = config.token_slots == 1 and is_exact
+        # Found by trying, against spills: the halves of a step as a loop, and the least CTAs a multiprocessor that the
+        # assembler is told, 0 for nothing.
+        is_tight = self.has_columns_per_member and not few_warps
+        self.has_rolled_halves = is_tight and config.row_tiles == 1
+        self.min_blocks = 0 if is_tight and config.row_tiles > 1 else SHARED_KIB // config.smem_kib
         self.correction = 2.0 ** (decoded_operands * EXPONENTS[self.dtype])
 
     @cute.jit
@@ -165,6 +189,7 @@ class DecodeMM:
             block=[self.threads + 32, 1, 1],
             cluster=[self.config.splits, 1, 1],
             smem=self.config.smem_kib * 1024,
+            min_blocks_per_mp=self.min_blocks,
             stream=stream,
             use_pdl=True,
         )
@@ -227,11 +252,16 @@ class DecodeMM:
                 cute.arch.mbarrier_init(barriers + i, 1)
                 cute.arch.mbarrier_init(barriers + MAX_STAGES + i, self.readers)
             cute.arch.mbarrier_init_fence()
+        if cutlass.const_expr(self.has_columns_per_member):  # noqa: SIM102 - known when compiling, the other is not
+            if thread < ZERO_BYTES // 16:
+                zero = Int32(0)
+                store_shared_v4(Int32(base.toint()) + ZERO_OFFSET + thread * 16, zero, zero, zero, zero)
         cute.arch.sync_threads()
 
         units = blocks
         if cutlass.const_expr(self.is_grouped and config.has_schedule):
-            cute.arch.griddepcontrol_wait()  # the schedule says which weights to read
+            if cutlass.const_expr(not config.has_old_schedule):
+                cute.arch.griddepcontrol_wait()  # the schedule says which weights to read
             units = blocks * load_global_i32(routing[1].iterator.toint())
         elif cutlass.const_expr(self.is_grouped):
             units = blocks * routing[7] * ((routing[6] + self.slots - 1) // self.slots)
@@ -293,7 +323,8 @@ class DecodeMM:
             code_sources.append(self.partition(code_atoms[i], code_tensors[i], code_ring, CODE_BYTES))
             scale_sources.append(self.partition(scale_atoms[i], scale_tensors[i], scale_ring, scale_width))
 
-        loaded = [Int32(0) for _ in range(self.classes)]  # stages of each class so far
+        index = [Int32(0) for _ in range(self.classes)]  # each class's next slot
+        parity = [Int32(1) for _ in range(self.classes)]  # an empty barrier that nobody completed lets the first pass
         for unit in cutlass.range(first_unit, last_unit, unroll=1):
             block = unit
             expert = Int32(0)
@@ -305,9 +336,8 @@ class DecodeMM:
                 for c in cutlass.range_constexpr(self.classes):
                     stage = round_start + c
                     if stage < num_stages:
-                        slot = c * class_slots + loaded[c] % class_slots
-                        # An empty barrier that nobody has completed yet lets the first round pass.
-                        cute.arch.mbarrier_wait(barriers + MAX_STAGES + slot, (loaded[c] // class_slots + 1) % 2)
+                        slot = c * class_slots + index[c]
+                        cute.arch.mbarrier_wait(barriers + MAX_STAGES + slot, parity[c])
                         with cute.arch.elect_one():
                             cute.arch.mbarrier_arrive_and_expect_tx(barriers + slot, self.stage_bytes)
                         start = Int32(0)
@@ -330,7 +360,10 @@ class DecodeMM:
                                         barriers + slot,
                                     )
                             start = ends[i]
-                        loaded[c] = loaded[c] + 1
+                        index[c] = index[c] + 1
+                        if index[c] == class_slots:
+                            index[c] = Int32(0)
+                            parity[c] = parity[c] ^ 1
 
     def partition(self, atom, tensor, ring, width):
         """What a TMA copies, for each part of a block's rows: (shared, global)."""
@@ -395,7 +428,7 @@ class DecodeMM:
             cute.arch.griddepcontrol_wait()
             self.fill(x, x_scales, None, None, activations, first_row, tokens, first_step, steps, k, thread, warp)
             cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=self.threads)
-        elif cutlass.const_expr(not config.has_schedule):
+        elif cutlass.const_expr(not config.has_schedule or config.has_old_schedule):
             cute.arch.griddepcontrol_wait()
         first_row_scale = Float32(1.0)
         if cutlass.const_expr(config.has_row_scale):
@@ -409,14 +442,21 @@ class DecodeMM:
             stage_class, first_in_stage = Int32(0), group
         quad_row = quad // 2 + 4 * (quad % 2)  # 0 4 1 5 2 6 3 7
         row = row_warp * (16 * config.row_tiles) + quad_row
-        # Where the lane's 16 bytes lie in the 128 bytes of its row, for the two halves of a step; and its scales.
-        lane_offsets = [((member + 4 * half) ^ quad_row) * 16 for half in range(2)]
+        # Where the lane's 16 bytes lie in the 128 bytes of its row, in the first half of a step; and its scales.
+        lane_offset = (member ^ quad_row) * 16
         scale_turn = quad_row // {1: 8, 2: 4, 4: 2}[config.stage_steps]
         token = quad % self.slots if cutlass.const_expr(self.slots < 8) else quad
-        token_offset = activations + (token * 4 + member) * 16
+        columns = activations + (token * 4 + member) * 16  # the lane's activations; and bytes of a step
+        pitch = Int32(STEP_K * 2 * self.slots)
+        if cutlass.const_expr(self.has_columns_per_member):
+            # Columns 2 m and 2 m + 1 are member m's. The others read zeros, in other banks than those that do not.
+            is_own = quad // 2 == member
+            columns = numerics.select(is_own, columns, activations - ZERO_BYTES + (quad // 2 + 1) % 4 * 16)
+            pitch = numerics.select(is_own, pitch, Int32(0))
 
+        decoder = Decoder(self.dtype, cute.arch.grid_dim()[1])
         accumulators = cute.make_rmem_tensor((4, self.token_tiles, config.row_tiles), Float32)
-        position = Int32(0)  # stages of this class so far
+        index, parity = Int32(0), Int32(0)  # the class's next slot
         largest = Float32(0.0)
         for unit in cutlass.range(first_unit, last_unit, unroll=1):
             block = unit
@@ -433,24 +473,51 @@ class DecodeMM:
                     cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=self.threads)
             accumulators.fill(0.0)
             for stage in cutlass.range(stage_class, num_stages, self.classes, unroll=1):
-                slot = stage_class * class_slots + position % class_slots
-                cute.arch.mbarrier_wait(barriers + slot, (position // class_slots) % 2)
-                position = position + 1
+                slot = stage_class * class_slots + index
+                cute.arch.mbarrier_wait(barriers + slot, parity)
+                index = index + 1
+                if index == class_slots:
+                    index = Int32(0)
+                    parity = parity ^ 1
                 codes = ring + slot * (self.block_rows * CODE_BYTES * config.stage_steps) + row * CODE_BYTES
                 scales = scale_ring + (slot * self.block_rows + row) * self.stage_scale_bytes + member * 2
-                for in_stage in cutlass.range(first_in_stage, config.stage_steps, config.k_warps, unroll=1):
-                    step = stage * config.stage_steps + in_stage
-                    if step < steps:
-                        self.multiply(
-                            accumulators,
-                            codes + in_stage * (self.block_rows * CODE_BYTES),
-                            scales + (in_stage ^ scale_turn) * SCALE_BYTES,
-                            token_offset + step * (STEP_K * 2 * self.slots),
-                            lane_offsets,
-                        )
+                if cutlass.const_expr(config.stage_steps == 1):  # a stage that is there has its step
+                    columns_address = columns + stage * pitch
+                    if cutlass.const_expr(self.has_rolled_halves):
+                        for half in cutlass.range(2, unroll=1):
+                            self.multiply(decoder, accumulators, codes, scales, columns_address, lane_offset, half)
+                    else:
+                        for half in cutlass.range_constexpr(2):
+                            self.multiply(decoder, accumulators, codes, scales, columns_address, lane_offset, half)
+                else:
+                    for in_stage in cutlass.range(first_in_stage, config.stage_steps, config.k_warps, unroll=1):
+                        step = stage * config.stage_steps + in_stage
+                        if step < steps:
+                            columns_address = columns + step * pitch
+                            step_codes = codes + in_stage * (self.block_rows * CODE_BYTES)
+                            step_scales = scales + (in_stage ^ scale_turn) * SCALE_BYTES
+                            if cutlass.const_expr(self.has_rolled_halves):
+                                for half in cutlass.range(2, unroll=1):
+                                    self.multiply(
+                                        decoder, accumulators, step_codes, step_scales, columns_address, lane_offset,
+                                        half,
+                                    )  # fmt: skip
+                            else:
+                                for half in cutlass.range_constexpr(2):
+                                    self.multiply(
+                                        decoder, accumulators, step_codes, step_scales, columns_address, lane_offset,
+                                        half,
+                                    )  # fmt: skip
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(barriers + MAX_STAGES + slot)
 
+            if cutlass.const_expr(self.has_columns_per_member):  # each lane of a quad has other blocks
+                for tile_row in cutlass.range_constexpr(config.row_tiles):
+                    for i in cutlass.range_constexpr(0, 4, 2):
+                        total = accumulators[i, 0, tile_row]
+                        for distance in cutlass.range_constexpr(1, 3):
+                            total = add_f32(total, cute.arch.shuffle_sync_bfly(total, distance))
+                        accumulators[i, 0, tile_row] = total
             for n in cutlass.range_constexpr(self.token_tiles):
                 for tile_row in cutlass.range_constexpr(config.row_tiles):
                     for i in cutlass.range_constexpr(4):
@@ -506,28 +573,52 @@ class DecodeMM:
         else:
             cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=self.threads)
 
-    def multiply(self, accumulators, codes, scales, columns_address, lane_offsets):
-        """One step: 256 values of K of this warp's rows times all tokens."""
+    def multiply(self, decoder, accumulators, codes, scales, columns_address, lane_offset, half):
+        """Half a step: 128 values of K of this warp's rows times all tokens."""
         config = self.config
-        for half in range(2):
-            words, factors = [], []
-            for tile in range(2 * config.row_tiles):  # eight rows each
-                words.append(load_shared_v4(codes + (tile * 8 * CODE_BYTES) + lane_offsets[half]))
-                offset = tile * 8 * SCALE_BYTES * config.stage_steps + half * 8
-                factors.append(decode_two_scales(load_shared_u16(scales + offset), self.dtype))
-            for j in range(4):
-                address = columns_address + (half * 4 + j) * (64 * self.slots)
-                columns = [load_shared_v4(address + n * 512) for n in range(self.token_tiles)]
-                for tile in range(config.row_tiles):
-                    low = self.scaled(words[2 * tile][j], factors[2 * tile][j // 2])
-                    high = self.scaled(words[2 * tile + 1][j], factors[2 * tile + 1][j // 2])
-                    for n in range(self.token_tiles):
-                        c = [accumulators[i, n, tile] for i in range(4)]
-                        for p in range(2):
-                            rows = (low[2 * p], high[2 * p], low[2 * p + 1], high[2 * p + 1])
-                            c = mma(c, rows, (columns[n][2 * p], columns[n][2 * p + 1]), self.dtype)
-                        for i in range(4):
-                            accumulators[i, n, tile] = c[i]
+        codes = codes + (lane_offset ^ (half * 64))
+        scales = scales + half * 8
+        columns_address = columns_address + half * (256 * self.slots)
+        words, scale_pairs = [], []
+        for tile in range(2 * config.row_tiles):  # eight rows each
+            words.append(load_shared_v4(codes + tile * 8 * CODE_BYTES))
+            scale_pairs.append(load_shared_u16(scales + tile * 8 * SCALE_BYTES * config.stage_steps))
+        if self.has_columns_per_member:
+            self.multiply_blocks(decoder, accumulators, words, scale_pairs, columns_address)
+            return
+        factors = [decode_two_scales(pair, self.dtype) for pair in scale_pairs]
+        for j in range(4):
+            address = columns_address + j * (64 * self.slots)
+            columns = [load_shared_v4(address + n * 512) for n in range(self.token_tiles)]
+            for tile in range(config.row_tiles):
+                low = self.scaled(decoder, words[2 * tile][j], factors[2 * tile][j // 2])
+                high = self.scaled(decoder, words[2 * tile + 1][j], factors[2 * tile + 1][j // 2])
+                for n in range(self.token_tiles):
+                    c = [accumulators[i, n, tile] for i in range(4)]
+                    c = self.multiply_word(c, low, high, columns[n])
+                    for i in range(4):
+                        accumulators[i, n, tile] = c[i]
+
+    def multiply_blocks(self, decoder, accumulators, words, scale_pairs, columns_address):
+        """Half a step of one token: a sum for each of the lane's two blocks and rows, then times the block's scale."""
+        scales = [two_scales_f32(pair) for pair in scale_pairs]
+        for block in range(2):
+            columns = [load_shared_v4(columns_address + (2 * block + j) * 64) for j in range(2)]
+            for tile in range(self.config.row_tiles):
+                sums = [Float32(0.0)] * 4
+                for j in range(2):
+                    low, high = (decoder.decode(words[2 * tile + i][2 * block + j]) for i in range(2))
+                    sums = self.multiply_word(sums, low, high, columns[j])
+                for i in range(2):
+                    total = multiply_add_f32(sums[2 * i], scales[2 * tile + i][block], accumulators[2 * i, 0, tile])
+                    accumulators[2 * i, 0, tile] = total
+
+    def multiply_word(self, c, low, high, columns):
+        """``c`` and the products of eight codes a lane of 16 rows."""
+        for p in range(2):
+            rows = (low[2 * p], high[2 * p], low[2 * p + 1], high[2 * p + 1])
+            c = mma(c, rows, (columns[2 * p], columns[2 * p + 1]), self.dtype)
+        return c
 
     @cute.jit
     def store(
@@ -656,9 +747,9 @@ class DecodeMM:
                     total = add_f32(total, load_shared_f32(place))
         return multiply_f32(total, Float32(self.correction))
 
-    def scaled(self, word, factor):
+    def scaled(self, decoder, word, factor):
         """A word of eight codes times their block scale, as four registers of two values."""
-        return [multiply_pair(pair, factor, self.dtype) for pair in decode_e2m1x8(word, self.dtype)]
+        return [multiply_pair(pair, factor, self.dtype) for pair in decoder.decode(word)]
 
     @cute.jit
     def fill(
@@ -674,10 +765,9 @@ class DecodeMM:
         chunks = steps * (STEP_K // 32)
         pieces = (chunks + 31) // 32  # of a token
         total = tokens * pieces
-        batch = (
-            max(1, min(8, config.token_slots // 2)) if config.activation == "packed" else (2 if self.warps <= 8 else 1)
-        )
+        batch = self.pieces_in_flight
         words_per_chunk = 4 if config.activation == "packed" else 16
+        decoder = Decoder(self.dtype, cute.arch.grid_dim()[1])
         loaded = cute.make_rmem_tensor((words_per_chunk, batch), Int32)
         scales = cute.make_rmem_tensor((batch,), Int32)
         for start in cutlass.range(warp, total, self.warps * batch, unroll=1):
@@ -705,11 +795,15 @@ class DecodeMM:
                     if cutlass.const_expr(config.activation == "packed"):
                         factors = decode_two_scales(scales[i], self.dtype)
                         for j in cutlass.range_constexpr(4):
-                            store_shared_v4(target + j * (64 * self.slots), *self.scaled(loaded[j, i], factors[j // 2]))
+                            values = self.scaled(decoder, loaded[j, i], factors[j // 2])
+                            store_shared_v4(target + j * (64 * self.slots), *values)
                     else:
                         low, high = Int32(0x5410), Int32(0x7632)
                         for j in cutlass.range_constexpr(4):
-                            w0, w1, w2, w3 = [loaded[4 * j + word, i] for word in range(4)]
+                            words = [loaded[4 * j + word, i] for word in range(4)]
+                            if cutlass.const_expr(self.dtype == "f16"):
+                                words = [f16_of_bf16(word) for word in words]
+                            w0, w1, w2, w3 = words
                             store_shared_v4(
                                 target + j * (64 * self.slots),
                                 permute(w0, w2, low),

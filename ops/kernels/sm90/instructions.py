@@ -8,6 +8,7 @@ from cutlass import Float32, Int32, Int64
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
+from dsv4_compile.ops.kernels.sm90 import e2m1_decoding
 from dsv4_compile.ops.kernels.sm90.inline_asm import asm, struct_of
 
 
@@ -155,44 +156,114 @@ def convert_two_e4m3(word, *, loc=None, ip=None):
 EXPONENTS = {"f16": 14, "bf16": 14}
 
 
-def decode_e2m1x8(word, dtype):
-    """Eight e2m1 codes of a word to four registers of two: codes (0, 4), (1, 5), (2, 6), (3, 7).
+class Decoder:
+    """Decodes e2m1 codes to ``f16`` or ``bf16``: :mod:`e2m1_decoding` with the device's instructions.
 
-    The sign goes to the sign bit, the three bits of the magnitude to the lowest exponent bits and the highest mantissa
-    bit, where 0.5 is a subnormal: so every code is exact, times 2^-14 in ``f16`` and 2^-126 in ``bf16``.
+    A shift by a constant and an addition become one instruction of the pipe that masks need. To stay multiplications,
+    their multipliers must not be constants: they are made from a one that only the launch knows.
     """
-    return _decode_f16(word) if dtype == "f16" else _decode_bf16(word)
+
+    def __init__(self, dtype, one):
+        """``one`` is 1, for example an extent of the grid."""
+        self.dtype = dtype
+        self.multipliers = {
+            multiplier: Int32(one) * _signed(multiplier) for multiplier in e2m1_decoding.MULTIPLIERS[dtype]
+        }
+
+    def decode(self, word):
+        """Eight codes of a word to four registers of two: codes (0, 4), (1, 5), (2, 6), (3, 7).
+
+        Every code is exact, times 2^-14 in ``f16`` and 2^-126 in ``bf16``.
+        """
+        return e2m1_decoding.DECODE[self.dtype](self, word)
+
+    def mask(self, word, bits):
+        """The bits of a word that are set in a constant."""
+        return word & _signed(bits)
+
+    def multiply_add(self, word, multiplier, addend):
+        """The low word of ``word * multiplier``, plus ``addend``."""
+        return _multiply_add(word, self.multipliers[multiplier], addend)
+
+    def subtract(self, a, b):
+        """``a - b``, by a multiplication too."""
+        return _multiply_subtract(b, self.multipliers[e2m1_decoding.MINUS_ONE], a)
+
+    def shift_right(self, word, bits):
+        """``word`` shifted right by a constant."""
+        return shift_right(word, bits)
+
+    def shift_right_add(self, word, bits, addend):
+        """``word`` shifted right by a constant, plus ``addend``."""
+        return shift_right(word, bits) + _signed(addend)
 
 
-def _decode_f16(word):
-    """Only the upper byte of an f16 is used: the codes of a word become bytes, then the upper bytes of halves."""
-    signs, magnitudes = Int32(-0x7F7F7F80), Int32(0x0E0E0E0E)
-    even = ((word << 4) & signs) | ((word << 1) & magnitudes)  # codes 0 2 4 6
-    odd = (word & signs) | (shift_right(word, 3) & magnitudes)  # codes 1 3 5 7
-    upper, spread, zero = Int32(-0x00FF0100), Int32(0x2404), Int32(0)
-    return permute(even, zero, spread), permute(odd, zero, spread), even & upper, odd & upper
+@dsl_user_op
+def _multiply_add(a, b, addend, *, loc=None, ip=None):
+    return Int32(asm(T.i32(), _i32([a, b], loc, ip), f"mad.lo.u32 $0, $1, $2, {addend};", "=r,r,r", loc, ip))
 
 
-def _decode_bf16(word):
-    signs, magnitudes = Int32(-0x7FFF8000), Int32(0x01C001C0)
-    return tuple(((word << (12 - 4 * i)) & signs) | (_shifted(word, 6 - 4 * i) & magnitudes) for i in range(4))
+@dsl_user_op
+def _multiply_subtract(a, b, c, *, loc=None, ip=None):
+    return Int32(asm(T.i32(), _i32([a, b, c], loc, ip), "mad.lo.u32 $0, $1, $2, $3;", "=r,r,r,r", loc, ip))
 
 
-def _shifted(word, left):
-    return word << left if left >= 0 else shift_right(word, -left)
+def _signed(word):
+    return Int32(word - (word >> 31 << 32))
 
 
 def decode_two_scales(word, dtype):
-    """The e4m3 bytes 0 and 1 of a word, each twice in a register: the factors for :func:`decode_e2m1x8`; NaN stays.
+    """The e4m3 bytes 0 and 1 of a word, each twice in a register: the factors for :class:`Decoder`; NaN stays.
 
-    ``f16``: the scale itself. ``bf16``: the scale times 2^112; a byte shifted left by four is the scale times 2^-120 as
-    bf16, subnormal scales included.
+    ``f16``: the scale itself. ``bf16``: the scale times 2^112.
     """
-    if dtype == "f16":
-        both = convert_two_e4m3(word)
-    else:
-        spread = permute(word, Int32(0), Int32(0x4140))  # byte 0 in the low half, byte 1 in the high half
-        nan = ((spread + Int32(0x00010001)) & Int32(0x00800080)) * Int32(0xFF)  # 0x7F80 where the byte is 0x7F
-        factor = Int32(0x79807980)  # 2^116 twice
-        both = multiply_pair(multiply_pair((spread << 4) | nan, factor, dtype), factor, dtype)
-    return permute(both, both, Int32(0x1010)), permute(both, both, Int32(0x3232))
+    both = convert_two_e4m3(word)
+    if dtype == "bf16":
+        both = multiply_pair(_bf16_of_f16(both), _signed(e2m1_decoding.BF16_SCALE_FACTOR), dtype)
+    return _repeat_half(both, 0), _repeat_half(both, 1)
+
+
+@dsl_user_op
+def two_scales_f32(word, *, loc=None, ip=None):
+    """The e4m3 bytes 0 and 1 of a word, exactly; NaN stays."""
+    text = (
+        "{ .reg .b16 p, l, h; .reg .b32 w; cvt.u16.u32 p, $2; cvt.rn.f16x2.e4m3x2 w, p; mov.b32 {l, h}, w; "
+        "cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }"
+    )
+    pair = asm(struct_of("f32", 2), _i32([word], loc, ip), text, "=f,=f,r", loc, ip)
+    return tuple(Float32(llvm.extractvalue(T.f32(), pair, [i], loc=loc, ip=ip)) for i in range(2))
+
+
+@dsl_user_op
+def multiply_add_f32(a, b, c, *, loc=None, ip=None):
+    """``a b + c`` in fp32, rounded once."""
+    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c)]
+    return Float32(asm(T.f32(), operands, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", loc, ip))
+
+
+@dsl_user_op
+def _bf16_of_f16(pair, *, loc=None, ip=None):
+    """Two f16 values rounded to bf16."""
+    text = (
+        "{ .reg .b16 l, h; .reg .f32 a, b; mov.b32 {l, h}, $1; cvt.f32.f16 a, l; cvt.f32.f16 b, h; "
+        "cvt.rn.bf16x2.f32 $0, b, a; }"
+    )
+    return Int32(asm(T.i32(), _i32([pair], loc, ip), text, "=r,r", loc, ip))
+
+
+@dsl_user_op
+def f16_of_bf16(pair, *, loc=None, ip=None):
+    """Two bf16 values rounded to f16."""
+    text = (
+        "{ .reg .b32 l, h; shl.b32 l, $1, 16; and.b32 h, $1, 0xFFFF0000; .reg .f32 a, b; mov.b32 a, l; mov.b32 b, h; "
+        "cvt.rn.f16x2.f32 $0, b, a; }"
+    )
+    return Int32(asm(T.i32(), _i32([pair], loc, ip), text, "=r,r", loc, ip))
+
+
+@dsl_user_op
+def _repeat_half(word, half, *, loc=None, ip=None):
+    """One half of a word twice; written so that it becomes a modifier of the multiplication that reads it."""
+    twice = "{b, b}" if half else "{a, a}"
+    text = "{ .reg .b16 a, b; mov.b32 {a, b}, $1; mov.b32 $0, " + twice + "; }"
+    return Int32(asm(T.i32(), _i32([word], loc, ip), text, "=r,r", loc, ip))

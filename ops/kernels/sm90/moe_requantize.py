@@ -168,8 +168,9 @@ def requantize_kernel(
     ctas, _, _ = cute.arch.grid_dim()
     row_vectors = Int32(cute.size(h, mode=[1])) // VALUES
     if cutlass.const_expr(pdl):
-        cute.arch.griddepcontrol_launch_dependents()
+        # In this order: the next product reads the schedule without waiting for this kernel, see has_old_schedule.
         cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
     rows = schedule[0, 1]
     source, target = address_of(h), address_of(scaled)
     if cutlass.const_expr(granularity == "token"):

@@ -1,21 +1,15 @@
-"""Instructions of the wgmma kernels: single bytes and words of shared memory, stmatrix, the decoding of one byte."""
+"""Instructions of the wgmma kernels: words of shared memory, stmatrix, the decoding of one byte."""
 
 from cutlass import Float32, Int32, Int64
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
+from dsv4_compile.ops.kernels.sm90 import e2m1_decoding
 from dsv4_compile.ops.kernels.sm90.inline_asm import asm, struct_of
 
 
 def _i32(values, loc, ip):
     return [Int32(value).ir_value(loc=loc, ip=ip) for value in values]
-
-
-@dsl_user_op
-def load_shared_byte(address, offset, *, loc=None, ip=None):
-    """The byte at a shared address plus a constant, zero-extended."""
-    text = f"ld.shared.u8 $0, [$1+{offset}];"
-    return Int32(asm(T.i32(), _i32([address], loc, ip), text, "=r,r", loc, ip, True))
 
 
 @dsl_user_op
@@ -144,6 +138,12 @@ def permute(a, b, selector, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def permute_by_register(a, b, selector, *, loc=None, ip=None):
+    """As :func:`permute`, with a selector that lanes differ in."""
+    return Int32(asm(T.i32(), _i32([a, b, selector], loc, ip), "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", loc, ip))
+
+
+@dsl_user_op
 def repeat_half(word, half, *, loc=None, ip=None):
     """One half of a word twice; written so that it becomes a modifier of the multiplication that reads it."""
     twice = "{b, b}" if half else "{a, a}"
@@ -157,14 +157,20 @@ def multiply_word(a, constant, *, loc=None, ip=None):
     return Int32(asm(T.i32(), _i32([a, constant], loc, ip), "mul.lo.u32 $0, $1, $2;", "=r,r,n", loc, ip))
 
 
-def decode_byte(byte, factor):
-    """The two e2m1 codes of a byte to a bf16x2 register, the low nibble's value low, each times ``factor``.
+class ByteDecoder:
+    """The instructions of :func:`e2m1_decoding.decode_byte_of`; shifts are multiplications, beside the logic."""
 
-    One product carries both signs to bits 15 and 31, the other both magnitudes to the lowest exponent bits and the
-    highest mantissa bit: the value times 2^-126, 0.5 being a subnormal.
+    mask = staticmethod(lambda word, bits: word & Int32(bits - (bits >> 31 << 32)))
+    shift_left = staticmethod(lambda word, bits: multiply_word(word, 1 << bits))
+    permute = staticmethod(permute_by_register)
+
+
+def decode_byte(word, selector, factor):
+    """The two e2m1 codes of a lane's byte of a word to a bf16x2 register, the low nibble's low, each times ``factor``.
+
+    See :mod:`e2m1_decoding`: the value comes times 2^-126, 0.5 being a subnormal.
     """
-    signs = multiply_word(byte, 0x01001000) & Int32(-0x7FFF8000)
-    return multiply_bf16x2((multiply_word(byte, 0x00040040) & Int32(0x01C001C0)) | signs, factor)
+    return multiply_bf16x2(e2m1_decoding.decode_byte_of(ByteDecoder, word, selector), factor)
 
 
 def scale_pair(word, half):

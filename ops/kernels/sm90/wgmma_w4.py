@@ -5,10 +5,10 @@ N side, read from shared memory as TMA wrote them. A CTA has two such warpgroups
 two warps load: one the weights (codes and block scales, 256 of K a stage), one the activations (64 of K a stage).
 
 A lane (g, t) of a warp holds rows g and g + 8 of the fragment, of each 16-block the elements 2t, 2t + 1 and 2t + 8,
-2t + 9: bytes t and t + 4 of the block's eight. It loads each byte by itself, which costs no more bandwidth than wider
-loads that a quad repeats. Two products with constants carry the byte's nibbles to the two halves of a register, once
-with their signs and once with their magnitudes in place; a mask each and one multiplication by the block scale make two
-exact bf16. All of that overlaps with the wgmma before it.
+2t + 9: bytes t and t + 4 of the block's eight. A quad loads the same 16 bytes, two blocks, and each lane decodes its
+byte of each word: a permutation spreads the byte's nibbles to the two halves of a register with their signs above them,
+a shift and a mask put them in place, and one multiplication by the block scale makes two exact bf16. All of that
+overlaps with the wgmma before it.
 
 The accumulators hold weight rows along the lanes; the epilogue transposes them through shared memory, so that a token's
 outputs are stored 16 bytes at a time.
@@ -20,12 +20,12 @@ from cutlass import BFloat16, Float8E4M3FN, Float16, Float32, Int32, Int64, Uint
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
+from dsv4_compile.ops.kernels.sm90 import e2m1_decoding
 from dsv4_compile.ops.kernels.sm90.instructions import load_shared_v4
 from dsv4_compile.ops.kernels.sm90.wgmma_epilogue import Epilogue
 from dsv4_compile.ops.kernels.sm90.wgmma_instructions import (
     decode_byte,
     load_global_i32,
-    load_shared_byte,
     load_shared_word,
     nan_flags,
     scale_pair,
@@ -494,7 +494,8 @@ class WgmmaW4:
         else:
             row = warp * 16 + g
             second = 8
-        code_lane = Int32((base + self.code_offset).toint()) + row * CODE_BYTES + g * 16 + t
+        code_lane = Int32((base + self.code_offset).toint()) + row * CODE_BYTES + g * 16
+        selector = e2m1_decoding.byte_selector(t)
         code_lane = code_lane ^ (k_group << 5)  # 64 of K are 32 bytes of codes and 4 of scales
         scale_lane = Int32((base + self.scale_offset).toint()) + row * SCALE_BYTES + k_group * 4
 
@@ -537,19 +538,22 @@ class WgmmaW4:
                 codes = code_lane + weight_slot * (BLOCK_ROWS * CODE_BYTES)
                 scales = scale_lane + weight_slot * (BLOCK_ROWS * SCALE_BYTES)
                 scale_words = [self.load_scales(scales + i * second * SCALE_BYTES) for i in range(2)]
-                nibbles = self.load_codes(codes, 0, second)
+                code_words = self.load_codes(codes, 0, second)
                 for word in cutlass.range_constexpr(STEPS // config.k_groups):
                     nan_low = nan_low | nan_flags(scale_words[0][word])
                     nan_high = nan_high | nan_flags(scale_words[1][word])
                 for step in cutlass.range_constexpr(STEPS // config.k_groups):
                     for group in cutlass.range_constexpr(self.groups):
                         position = step * self.groups + group
-                        current = nibbles
+                        current = code_words
                         if cutlass.const_expr(position + 1 < positions):
-                            nibbles = self.load_codes(codes, position + 1, second)
+                            code_words = self.load_codes(codes, position + 1, second)
                         target = words[position % 2]
                         self.decode(
-                            current, [self.scale_factors(scale_words[i][step], group) for i in range(2)], target
+                            current,
+                            selector,
+                            [self.scale_factors(scale_words[i][step], group) for i in range(2)],
+                            target,
                         )
                         if cutlass.const_expr(position + 1 == positions):
                             with cute.arch.elect_one():
@@ -644,22 +648,16 @@ class WgmmaW4:
                         accumulators[4 * j + i] = Float32(float("nan"))
 
     def load_codes(self, codes, position, second):
-        """The lane's bytes of a group of k16 steps: for each step rows (g, g + 8) of k 2t, then of k 2t + 8."""
-        nibbles = []
-        for k in range(self.group):
-            step = position * self.group + k
+        """The words of a group of k16 steps: for each rows g and g + 8 of the block's first half, then of its other."""
+        words = []
+        for pair in range(self.group // 2):  # 16 bytes of a row hold two steps
+            step = position * self.group + 2 * pair
             if self.config.k_groups > 1:
                 step = step // 4 * 8 + step % 4
-            if k % 2 == 0:
-                chunk = codes ^ Int32(step // 2 << 4)  # 16 bytes of a row hold two steps
-            nibbles.append(
-                [
-                    load_shared_byte(chunk, step % 2 * 8 + 4 * high + i * second * CODE_BYTES)
-                    for high in range(2)
-                    for i in range(2)
-                ]
-            )
-        return nibbles
+            chunk = codes ^ Int32(step // 2 << 4)
+            rows = [load_shared_v4(chunk + i * second * CODE_BYTES) for i in range(2)]
+            words += [[rows[i][2 * k + high] for high in range(2) for i in range(2)] for k in range(2)]
+        return words
 
     def load_scales(self, address):
         """A row's block scales of a stage that this k group needs, a word for each of its steps."""
@@ -672,11 +670,11 @@ class WgmmaW4:
         halves = self.group // 2
         return [factor for half in range(halves) for factor in scale_pair(word, group * halves + half)]
 
-    def decode(self, nibbles, factors, target):
+    def decode(self, words, selector, factors, target):
         """Writes the registers of ``group`` A fragments; ``factors[i][k]`` is the scale of row i in step k."""
         for k in range(self.group):
             for j in range(4):
-                target[4 * k + j] = decode_byte(nibbles[k][j], factors[j % 2][k])
+                target[4 * k + j] = decode_byte(words[k][j], selector, factors[j % 2][k])
 
     @cute.jit
     def release(self, barrier, rank):

@@ -1,0 +1,59 @@
+"""How words of e2m1 codes become pairs of 16-bit values: the integer steps, for kernels and for a test without a GPU.
+
+A code is a sign, two bits of exponent and one of mantissa. In f16 the three bits of its magnitude go to bits 11 to 9,
+in bf16 to bits 8 to 6: the lowest exponent bits and the highest mantissa bit, where 0.5 is a subnormal. So every code
+is exact, times 2^-14 in f16 and 2^-126 in bf16. The sign has to move further than the magnitude. It gets there by a
+carry: with the code in its place, ones are added from the sign's bit to the bit below the half's highest; a set sign
+carries through them to the highest bit, and what is left in between is masked away. A multiplication by a power of two
+places the code and adds the ones in one instruction, on another pipe than the masks.
+
+The functions take a ``machine`` that has the instructions: ``instructions.Decoder`` in kernels, NumPy in tests.
+"""
+
+MINUS_ONE = 0xFFFFFFFF
+SIGN = 0x80008000  # of both halves
+F16_MAGNITUDE, F16_CARRY, F16_LOWEST = 0x0E000E00, 0x70007000, 9
+BF16_SCALE_FACTOR = 0x77807780  # 2^112 twice: a bf16 code times a scale comes out as in f16, times 2^-14
+BF16_MAGNITUDE, BF16_CARRY, BF16_LOWEST = 0x01C001C0, 0x7E007E00, 6
+
+
+def decode_f16(machine, word):
+    """Eight codes to four registers of f16: codes (0, 4), (1, 5), (2, 6), (3, 7)."""
+    # Four zero bits above each code: three take the carry. What is below a code stays below it, and no mask keeps it.
+    even = machine.mask(word, 0x0F0F0F0F)
+    odd = machine.subtract(word, even)
+    placed = (
+        machine.multiply_add(even, 1 << F16_LOWEST, F16_CARRY),
+        machine.multiply_add(odd, 1 << (F16_LOWEST - 4), F16_CARRY),
+        machine.multiply_add(even, 1 << (F16_LOWEST - 8), F16_CARRY),
+        machine.shift_right_add(odd, 12 - F16_LOWEST, F16_CARRY),
+    )
+    return tuple(machine.mask(pair, SIGN | F16_MAGNITUDE) for pair in placed)
+
+
+def decode_bf16(machine, word):
+    """Eight codes to four registers of bf16: codes (0, 4), (1, 5), (2, 6), (3, 7)."""
+    # The carry takes six bits: one code a half at a time.
+    placed = [
+        machine.multiply_add(machine.mask(shifted, 0x000F000F << 4 * i), 1 << (BF16_LOWEST - 4 * i), BF16_CARRY)
+        for shifted in (word, machine.shift_right(word, 8))
+        for i in range(2)
+    ]
+    return tuple(machine.mask(pair, SIGN | BF16_MAGNITUDE) for pair in placed)
+
+
+def byte_selector(byte):
+    """The selector of :func:`decode_byte_of` for a byte of the word, 0 to 3."""
+    return byte * 0x1111 + 0xC480  # it, its sign eight times, and the same of the other word
+
+
+def decode_byte_of(machine, word, selector):
+    """The two codes of a byte of a word to a register of bf16, the low nibble's low."""
+    # The upper nibble of a byte with its sign in all bits above it; a word moved by four has the low nibbles there.
+    pair = machine.permute(machine.shift_left(word, 4), word, selector)
+    return machine.mask(machine.shift_left(pair, BF16_LOWEST - 4), SIGN | BF16_MAGNITUDE)
+
+
+DECODE = {"f16": decode_f16, "bf16": decode_bf16}
+# Those that decoding multiplies by.
+MULTIPLIERS = {"f16": (1 << 9, 1 << 5, 1 << 1, MINUS_ONE), "bf16": (1 << 6, 1 << 2)}
