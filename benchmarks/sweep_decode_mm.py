@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from harness import measure_peaks, record
@@ -27,12 +27,15 @@ from dsv4_compile.timing import copies_beyond_l2, time_variants
 SHAPES = ((4096, 4096), (32768, 1024), (7168, 16384))
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 256, 6, 4096, 2048
 BYTES_A_WEIGHT = 0.5625
+Activation = Literal["packed", "bf16"]
 SMS = 132
 
 
-def dense_variants(rows: int, k: int, tokens: int) -> list[Config]:
-    """The variants that ``dsv4-compile tune`` tries."""
-    return decode_mm.variants(tokens, (rows,), k, "packed", False, torch.bfloat16, True)
+def dense_variants(rows: int, k: int, tokens: int, activation: Activation) -> list[Config]:
+    """The table's variant, and those that ``dsv4-compile tune`` tries."""
+    shape = (tokens, (rows,), k, activation, False, torch.bfloat16, activation == "packed")
+    chosen = decode_mm.choose(*shape)
+    return list(dict.fromkeys([*([] if chosen is None else [chosen]), *decode_mm.variants(*shape)]))
 
 
 def grouped_variants(is_gate_up: bool) -> Iterator[Config]:
@@ -44,6 +47,11 @@ def grouped_variants(is_gate_up: bool) -> Iterator[Config]:
             yield config
 
 
+def name_of(variant: Any) -> str:
+    """What a shape leaves open of a variant."""
+    return variant.block_name if isinstance(variant, Config) else str(variant)
+
+
 def random_weights(*shape: int) -> tuple[Tensor, Tensor]:
     """Codes [..., N, K/2] and block scales of moderate size for a weight [..., N, K]."""
     *lead, k = shape
@@ -52,22 +60,27 @@ def random_weights(*shape: int) -> tuple[Tensor, Tensor]:
     return codes, scales.view(torch.float8_e4m3fn)
 
 
-def sweep_dense(rows: int, k: int, tokens: int) -> list[dict[str, Any]]:
+def sweep_dense(rows: int, k: int, tokens: int, activation: Activation) -> list[dict[str, Any]]:
     """Times of all variants of a shape, each first compared with float64 on the first weight."""
     copies = copies_beyond_l2(int(rows * k * BYTES_A_WEIGHT))
     weights = [random_weights(rows, k) for _ in range(copies)]
     one = torch.ones(1, device="cuda")
     x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16)
-    a_codes, a_scales, a_scale = nvfp4.quantize(x)
+    operands: tuple[Tensor, Tensor | None, Tensor | None] = (x, None, None)
+    exact = x.double()
+    if activation == "packed":
+        a_codes, a_scales, a_scale = nvfp4.quantize(x)
+        operands, exact = (a_codes, a_scales, a_scale.reshape(1)), nvfp4.scaled_codes(a_codes, a_scales).double()
+        exact *= a_scale
     out = torch.empty(tokens, rows, dtype=torch.bfloat16, device="cuda")
 
     def call(config: Config, weight: tuple[Tensor, Tensor]) -> None:
         codes, scales = weight
-        decode_mm.decode_mm(config, a_codes, a_scales, a_scale.reshape(1), [codes], [scales], [one], None, out)
+        decode_mm.decode_mm(config, *operands, [codes], [scales], [one], None, out)
 
-    expected = nvfp4.scaled_codes(a_codes, a_scales).double() @ nvfp4.scaled_codes(*weights[0]).double().T * a_scale
+    expected = exact @ nvfp4.scaled_codes(*weights[0]).double().T
     variants: dict[Any, list[Callable[[], Any]]] = {}
-    for config in dense_variants(rows, k, tokens):
+    for config in dense_variants(rows, k, tokens, activation):
         out.fill_(float("nan"))
         call(config, weights[0])
         error = float((out.double() - expected).norm() / expected.norm())
@@ -77,7 +90,7 @@ def sweep_dense(rows: int, k: int, tokens: int) -> list[dict[str, Any]]:
     variants["cublas_bf16"] = [lambda w=weight: torch.mm(x, w.T) for weight in plain]
     timings = time_variants(variants, replays=10)
     return [
-        {"op": "nvfp4_mm", "rows": rows, "k": k, "tokens": tokens, "variant": str(name)}
+        {"op": "nvfp4_mm", "activation": activation, "rows": rows, "k": k, "tokens": tokens, "variant": name_of(name)}
         | {"median_us": t.median_us, "min_us": t.min_us, "max_us": t.max_us}
         for name, t in sorted(timings.items(), key=lambda item: item[1].median_us)
     ]
@@ -121,19 +134,20 @@ def sweep_grouped(tokens: int) -> list[dict[str, Any]]:
             )
     timings = time_variants(variants, replays=10)
     return [
-        {"op": "nvfp4_moe", "product": product, "tokens": tokens, "variant": str(config)}
+        {"op": "nvfp4_moe", "product": product, "tokens": tokens, "variant": name_of(config)}
         | {"median_us": t.median_us, "min_us": t.min_us, "max_us": t.max_us}
         for (product, config), t in sorted(timings.items(), key=lambda item: (item[0][0], item[1].median_us))
     ]
 
 
-def warm(tokens: list[int]) -> None:
+def warm(tokens: list[int], activations: list[Activation]) -> None:
     """Compiles every variant; the routing kernel of the grouped sweep comes with ``dsv4-compile warm``."""
     from rich.console import Console
 
     from dsv4_compile.warming import compile_all
 
-    dense = [c for (rows, k), count in itertools.product(SHAPES, tokens) for c in dense_variants(rows, k, count)]
+    shapes = itertools.product(SHAPES, tokens, activations)
+    dense = [config for (rows, k), count, kind in shapes for config in dense_variants(rows, k, count, kind)]
     configs = dict.fromkeys([*dense, *grouped_variants(True), *grouped_variants(False)])
     compile_all([("sm90.decode_mm", config) for config in configs], 2, Console())
 
@@ -141,13 +155,15 @@ def warm(tokens: list[int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--activations", nargs="+", choices=("packed", "bf16"), default=["packed", "bf16"])
     parser.add_argument("--warm", action="store_true", help="compile only")
     arguments = parser.parse_args()
     if arguments.warm:
-        warm(arguments.tokens)
+        warm(arguments.tokens, arguments.activations)
         return
     peaks = measure_peaks()
-    rows = [row for (n, k), tokens in itertools.product(SHAPES, arguments.tokens) for row in sweep_dense(n, k, tokens)]
+    shapes = itertools.product(SHAPES, arguments.tokens, arguments.activations)
+    rows = [row for (n, k), tokens, activation in shapes for row in sweep_dense(n, k, tokens, activation)]
     for tokens in arguments.tokens:
         rows += sweep_grouped(tokens)
     for row in rows:

@@ -30,6 +30,7 @@ from dsv4_compile.warming import Call, calls_of, model_calls
 GPU = "Some GPU (80 GB)"
 WIDE = {"hidden_size": 512, "moe_intermediate_size": 256, "head_dim": 128, "q_lora_rank": 256, "o_lora_rank": 256}
 QUIET = Console(quiet=True)
+USERS_CACHE = cache.folder()
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +40,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     answers.answers.cache_clear()
     yield tmp_path / "cache"
     answers.answers.cache_clear()
+
+
+@pytest.fixture
+def kernels(folder: Path) -> Path:
+    """The folder with the kernels of the user's cache: the GPU's machine need not have a compiler."""
+    if USERS_CACHE.is_dir():
+        folder.mkdir(parents=True)
+        for kernel in USERS_CACHE.glob("*.so"):
+            (folder / kernel.name).symlink_to(kernel.resolve())
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -415,7 +426,7 @@ def test_command_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: 
 
 
 @pytest.mark.gpu
-def test_tunes_on_a_gpu() -> None:
+def test_tunes_on_a_gpu(kernels: Path) -> None:
     """Guards against variants that differ on the hardware, and against an answer that changes results."""
     torch.manual_seed(0)
     x = ops.quantize_nvfp4(torch.randn(1, 512, device="cuda"), "tensor")

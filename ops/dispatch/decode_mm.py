@@ -32,8 +32,8 @@ LARGEST_BLOCK_ROWS = 256
 MANY_TOKENS_WARPS = 8
 SPLITS = (1, 2, 4, 8)
 # Row tiles, row warps and K warps that tuning tries; benchmarks/sweep_decode_mm.py times them.
-TUNED_BLOCKS = ((1, 1, 8), (1, 1, 16), (2, 1, 8), (1, 2, 8), (1, 4, 4), (2, 2, 4), (2, 4, 2), (2, 4, 4), (2, 8, 1),
-                (2, 8, 2), (1, 16, 1))  # fmt: skip
+TUNED_BLOCKS = ((1, 1, 8), (1, 1, 16), (2, 1, 8), (1, 2, 8), (1, 4, 4), (2, 2, 4), (1, 7, 2), (2, 4, 2), (2, 4, 4),
+                (2, 7, 1), (1, 14, 1), (1, 15, 1), (2, 8, 1), (2, 8, 2), (1, 16, 1))  # fmt: skip
 GROUPED_TILE_ROWS = 8
 GROUPED_FEW_ROWS = 48
 GROUPED_FEW, GROUPED_MANY = (2, 2, 4), (2, 2, 8)
