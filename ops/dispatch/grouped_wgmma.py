@@ -1,4 +1,4 @@
-"""Launches grouped products on tensor cores: bf16 rows, sorted by expert, times each expert's packed weight."""
+"""Launches grouped products on tensor cores: expanded rows, sorted by expert, times each expert's packed weight."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def supports_grouped_wgmma(x: Tensor, codes: Tensor, block_scales: Tensor) -> bo
     """Whether :func:`grouped_wgmma` takes these operands: K % 256 == 0, N % 16 == 0, 16-byte aligned bases and strides.
 
     Args:
-        x: bf16 [R, K].
+        x: 16 bits [R, K].
         codes: uint8 [E, N, K/2].
         block_scales: float8_e4m3fn [E, N, K/16].
     """
@@ -75,7 +75,7 @@ def grouped_wgmma(
     Rows of ``out`` that no tile names are left as they are.
 
     Args:
-        x: bf16 [R, K], rows of a group side by side; an exact ``code * block scale`` or plain activations.
+        x: fp16 [R, K], rows of a group side by side, in the order of :func:`interleave.interleave`.
         row_scale: fp32, 0-d or [R], or None for 1.
         codes: uint8 [E, N, K/2], contiguous along K.
         block_scales: float8_e4m3fn [E, N, K/16].

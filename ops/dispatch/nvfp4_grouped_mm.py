@@ -13,6 +13,7 @@ from dsv4_compile.ops.dispatch.expand import expand
 from dsv4_compile.ops.dispatch.expand_groups import expand_groups
 from dsv4_compile.ops.dispatch.grouped_unaligned import grouped_unaligned
 from dsv4_compile.ops.dispatch.grouped_wgmma import grouped_wgmma, supports_grouped_wgmma
+from dsv4_compile.ops.dispatch.interleave import interleave
 from dsv4_compile.ops.dispatch.moe_align import schedule_of_offsets
 from dsv4_compile.ops.dispatch.nvfp4_moe import UNALIGNED_TILE_ROWS, Plan, grouped_plans
 from dsv4_compile.ops.dispatch.zero_tail import zero_tail
@@ -61,9 +62,9 @@ def run(
     if config is not None and not is_apart:
         x, x_scales = (aligned(part.reshape(rows, -1)) for part in (a_codes, a_block_scales))
     elif offsets is None:
-        x, schedule = expand_groups(a_codes, a_block_scales, tile_rows)
+        x, schedule = expand_groups(a_codes, a_block_scales, tile_rows, plan.path == "wgmma")
     else:
-        x = expand(a_codes, a_block_scales)
+        x = (interleave if plan.path == "wgmma" else expand)(a_codes, a_block_scales)
 
     if config is not None:
         scales = b_global_scale.reshape(-1, 1) if b_global_scale.dim() < 2 else b_global_scale

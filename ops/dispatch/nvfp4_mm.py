@@ -13,12 +13,14 @@ from dsv4_compile import nvfp4
 from dsv4_compile.ops.dispatch import decode_mm, fresh_weights, tuning, wgmma_choice
 from dsv4_compile.ops.dispatch.alignment import aligned
 from dsv4_compile.ops.dispatch.expand import expand
+from dsv4_compile.ops.dispatch.interleave import interleave
 from dsv4_compile.ops.dispatch.wgmma_choice import Part, config_of, plan
 from dsv4_compile.ops.dispatch.wgmma_w4 import OUT_DTYPE_NAMES, STAGE_K, is_mappable, launch_dense
 from dsv4_compile.ops.kernels.device import require_hopper, sm_count
 
 MAX_WEIGHTS = 4  # of one launch
 PLAN = "wgmma by estimate"  # the launches of wgmma_choice.plan
+ACTIVATIONS = {torch.float16: "f16", torch.bfloat16: "bf16"}
 EXPANDED_ELEMENTS = 1 << 27  # of a weight in bf16 or a product in fp32, at a time: 256 and 512 MiB
 
 
@@ -108,7 +110,7 @@ def _multiply(
     k = 2 * weights[0][0].shape[1]
     is_tiled = k % STAGE_K == 0 and k > 0 and all(weight.shape[0] % 8 == 0 for weight, _, _ in weights)
     read_by_wgmma = is_tiled and is_mappable(*(part for weight in weights for part in weight[:2]))
-    expanded: Tensor | None = None
+    interleaved: Tensor | None = None
     for columns, codes, scales, global_scales in _parts(weights):
         question = _question(
             x.shape[0], tuple(weight.shape[0] for weight in codes), k, "bf16" if x_scales is None else "packed",
@@ -121,12 +123,12 @@ def _multiply(
             x_scales = None if x_scales is None else aligned(x_scales)
             decode_mm.decode_mm(variant, x, x_scales, row_scale, codes, scales, global_scales, part_bias, part_out)
             continue
-        if expanded is None:
+        if variant is None:
             expanded = x if x_scales is None else expand(x, x_scales)
-            if variant is not None and not is_mappable(expanded):
-                expanded = expanded.clone(memory_format=torch.contiguous_format)
-        multiply = _multiply_expanded if variant is None else functools.partial(_multiply_wgmma, variant)
-        multiply(expanded, row_scale, codes, scales, global_scales, part_bias, part_out)
+            _multiply_expanded(expanded, row_scale, codes, scales, global_scales, part_bias, part_out)
+            continue
+        interleaved = interleave(x, x_scales) if interleaved is None else interleaved
+        _multiply_wgmma(variant, interleaved, row_scale, codes, scales, global_scales, part_bias, part_out)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -174,8 +176,9 @@ def _multiply_wgmma(
     for part in parts:
         tokens = slice(part.first, part.first + part.tokens)
         config = config_of(
-            part.variant, len(codes), row_scale is not None, bias is not None, OUT_DTYPE_NAMES[out.dtype]
-        )
+            part.variant, len(codes), row_scale is not None, bias is not None, OUT_DTYPE_NAMES[out.dtype],
+            ACTIVATIONS[x.dtype],
+        )  # fmt: skip
         one_or_each = row_scale if row_scale is None or row_scale.shape[0] == 1 else row_scale[tokens]
         launch_dense(config, x[tokens], one_or_each, codes, block_scales, global_scales, bias, out[tokens])
 

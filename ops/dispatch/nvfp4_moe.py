@@ -15,6 +15,7 @@ from dsv4_compile.ops.dispatch.alignment import aligned
 from dsv4_compile.ops.dispatch.expand import expand
 from dsv4_compile.ops.dispatch.grouped_unaligned import grouped_unaligned
 from dsv4_compile.ops.dispatch.grouped_wgmma import grouped_wgmma, partial_amax_size, supports_grouped_wgmma
+from dsv4_compile.ops.dispatch.interleave import interleave
 from dsv4_compile.ops.dispatch.moe_align import align
 from dsv4_compile.ops.dispatch.moe_combine import combine
 from dsv4_compile.ops.dispatch.moe_requantize import requantize
@@ -104,7 +105,6 @@ def run(
     schedule = alignment.schedule
     row_scale = a_global_scale if alignment.row_scale is None else alignment.row_scale
     h = a_codes.new_empty((rows, intermediate), dtype=out_dtype)
-    is_scaled_in_place = out_dtype == torch.bfloat16
     if plan.path == "decode":
         partial_amax = a_codes.new_empty(sm_count(a_codes), dtype=torch.float32)  # one a CTA
         config = _decode_config(plan, hidden, True, is_before, out_dtype)
@@ -118,7 +118,7 @@ def run(
         )  # fmt: skip
     elif plan.path == "wgmma":
         partial_amax = a_codes.new_empty(partial_amax_size(a_codes), dtype=torch.float32)
-        x = expand(a_codes, a_block_scales, alignment.sorted_slots, top_k)
+        x = interleave(a_codes, a_block_scales, alignment.sorted_slots, top_k)
         grouped_wgmma(
             x, row_scale, gate_up_codes, gate_up_block_scales, gate_up_global_scale, schedule, plan.tile_rows, h,
             swiglu_limit=limit, row_weight=alignment.row_weight, partial_amax=partial_amax,
@@ -132,7 +132,8 @@ def run(
         )  # fmt: skip
         partial_amax = alignment.zeroed.view(torch.float32)
         del x
-    scaled, h_scale = requantize(h, partial_amax, schedule, granularity, h if is_scaled_in_place else None)
+    in_place = h if h.element_size() == 2 else None
+    scaled, h_scale = requantize(h, partial_amax, schedule, granularity, in_place, plan.path == "wgmma")
     y = h.new_empty((rows, hidden), dtype=torch.float32)
     if plan.path == "decode":
         config = _decode_config(plan, intermediate, False, False, torch.float32)

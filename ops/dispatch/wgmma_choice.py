@@ -103,7 +103,9 @@ def _estimate_us(variant: Variant, tokens: int, weight_rows: tuple[int, ...], k:
     return LAUNCH_US + waves * (-(-stages // variant.splits) * variant.stage_us + variant.tile_us)
 
 
-def config_of(variant: Variant, num_weights: int, has_row_scale: bool, has_bias: bool, out_dtype: str) -> Config:
+def config_of(
+    variant: Variant, num_weights: int, has_row_scale: bool, has_bias: bool, out_dtype: str, activation: str
+) -> Config:
     """The configuration of a variant for the operands of a call."""
     return Config(
         mode="dense",
@@ -115,4 +117,5 @@ def config_of(variant: Variant, num_weights: int, has_row_scale: bool, has_bias:
         out_dtype=out_dtype,  # type: ignore[arg-type]
         ctas_per_sm=variant.ctas_per_sm,
         k_groups=variant.k_groups,
+        activation=activation,  # type: ignore[arg-type]
     )

@@ -38,6 +38,7 @@ class Config:
         ctas_per_sm: CTAs that share a multiprocessor, 1 or 2; 2 for at most 64 tokens a tile.
         k_groups: pairs of warpgroups that share a tile, 2 of them each with every other 64 of K; 1 for 256 tokens.
         group: k16 steps, 2 or 4, that are decoded, then multiplied, together.
+        activation: ``f16`` for ``code * scale`` of a quantised activation, ``bf16`` for any.
     """
 
     mode: Literal["dense", "grouped", "swiglu"]
@@ -53,6 +54,7 @@ class Config:
     ctas_per_sm: int = 1
     k_groups: int = 1
     group: int = 2
+    activation: Literal["f16", "bf16"] = "f16"
 
     @property
     def cluster(self) -> int:
@@ -112,7 +114,7 @@ def launch_dense(
 
     Args:
         config: its ``num_weights`` is that of the lists.
-        x: bf16 [M, K], K % 256 == 0.
+        x: of the config's dtype [M, K], K % 256 == 0, in the order of :func:`interleave.interleave`.
         row_scale: fp32 [1] or [M], or None for 1.
         codes, block_scales: each uint8 [N_i, K/2], float8_e4m3fn [N_i, K/16], N_i % 8 == 0; see :func:`is_mappable`.
         global_scales: fp32, each [S_i], one for each of S_i equal segments of that weight's rows.

@@ -19,6 +19,7 @@ from dsv4_compile.ops.dispatch.decode_mm import Config as DecodeConfig
 from dsv4_compile.ops.dispatch.dequantize_nvfp4 import DequantizeConfig
 from dsv4_compile.ops.dispatch.expand import ExpandConfig
 from dsv4_compile.ops.dispatch.grouped_unaligned import Config as UnalignedConfig
+from dsv4_compile.ops.dispatch.interleave import InterleaveConfig, in_order
 from dsv4_compile.ops.dispatch.moe_align import AlignConfig, ScheduleConfig
 from dsv4_compile.ops.dispatch.moe_combine import CombineConfig
 from dsv4_compile.ops.dispatch.moe_requantize import RequantizeConfig
@@ -77,7 +78,7 @@ def writes(config: Any, arguments: Sequence[Any]) -> list[Tensor]:
         places = (2, 3, 4) if config.is_partial else (2, 3, 4, 5)
     else:
         places = {
-            AmaxConfig: (2,), FlatConfig: (4, 5, 6), ExpandConfig: (3,), DequantizeConfig: (3,), RouterConfig: (4, 5),
+            AmaxConfig: (2,), FlatConfig: (4, 5, 6), ExpandConfig: (3,), InterleaveConfig: (3,), DequantizeConfig: (3,), RouterConfig: (4, 5),
             AlignConfig: (1, 2, 3, 4, 6, 8), ScheduleConfig: (1,), CombineConfig: (3,), RequantizeConfig: (3, 4),
             expand_groups.Config: (2, 3), zero_tail.Config: (0,),
         }[type(config)]  # fmt: skip
@@ -275,6 +276,14 @@ def _wgmma(name: str, config: WgmmaConfig, *arguments: Any) -> None:
     (_wgmma_dense if config.mode == "dense" else _wgmma_grouped)(config, *arguments)
 
 
+def _wgmma_rows(config: WgmmaConfig, x: Tensor) -> Tensor:
+    """Activations of the wgmma kernel, in the order of K of the weights."""
+    assert x.dtype == {"f16": torch.float16, "bf16": torch.bfloat16}[config.activation]
+    result = torch.empty_like(x)
+    result[:, in_order(torch.arange(x.shape[1]))] = x
+    return result
+
+
 def _wgmma_dense(
     config: WgmmaConfig, x: Tensor, row_scale: Tensor, codes: list[Tensor], scales: list[Tensor],
     global_scales: list[Tensor], bias: Tensor, out: Tensor, num_ctas: int,
@@ -288,6 +297,7 @@ def _wgmma_dense(
     if config.splits > 1 and config.tile_tokens == 256:
         blocks = sum(-(-part.shape[0] // (128 * config.multicast)) for part in codes)
         assert blocks * -(-tokens // 256) <= clusters, "partial sums overwrite a ring that is still read"
+    activation = _wgmma_rows(config, x)
     column = 0
     for i in range(config.num_weights):
         rows = codes[i].shape[0]
@@ -296,7 +306,7 @@ def _wgmma_dense(
         assert scales[i].shape == (rows, k // 16)
         segments = global_scales[i].shape[0]
         factor = global_scales[i][torch.arange(rows) // (rows // segments)]
-        value = _product(x, codes[i], scales[i])
+        value = _product(activation, codes[i], scales[i])
         if config.has_row_scale:
             value = value * (row_scale[torch.arange(tokens).clamp(max=row_scale.shape[0] - 1)].unsqueeze(1) * factor)
         else:
@@ -319,7 +329,8 @@ def _wgmma_grouped(
     assert x.shape[1] == 2 * half_k
     assert out.shape[1] == (rows // 2 if is_swiglu else rows)
     assert out.shape[1] % 8 == 0, "stores are eight columns wide"
-    weights = _Weights(codes, scales)
+    assert config.activation == "f16"
+    activation, weights = _wgmma_rows(config, x), _Weights(codes, scales)
     segments = global_scale.shape[1]
     of_row = torch.arange(rows) // (rows // segments)
     ctas = num_ctas // config.cluster * config.cluster
@@ -327,7 +338,7 @@ def _wgmma_grouped(
     largest = torch.zeros(ctas)
     for number, (expert, first, count) in enumerate(_tiles(schedule, out.shape[0], experts)):
         at = torch.arange(first, first + min(count, config.tile_tokens))  # more than a tile are left out
-        value = weights.product(x[at], expert)
+        value = weights.product(activation[at], expert)
         factor = global_scale[min(expert, global_scale.shape[0] - 1)][of_row]
         scale = torch.ones(len(at), 1)
         if config.has_row_scale:
@@ -401,21 +412,42 @@ def _expand(
     out[kept] = nvfp4.scaled_codes(codes[source], _e4m3(scales[source]), torch.bfloat16)
 
 
+def _interleave(
+    name: str, config: InterleaveConfig, x: Tensor, scales: Tensor, rows: Tensor, out: Tensor, pieces: int,
+    row_pieces: int, row_multiplier: int, row_shift: int, index_multiplier: int, index_shift: int,
+) -> None:  # fmt: skip
+    assert pieces == out.numel() // 32 > 0
+    assert out.shape[1] == 32 * row_pieces
+    assert out.shape[1] % 128 == 0
+    row = _quotient(torch.arange(0, pieces, row_pieces), row_multiplier, row_shift)
+    assert torch.equal(row, torch.arange(out.shape[0]))
+    index = rows[row].long() if config.has_gather else row
+    kept = index >= 0
+    source = _quotient(index[kept], index_multiplier, index_shift) if config.has_gather else index
+    value = x[source]
+    if config.is_packed:
+        assert scales.shape == (x.shape[0], out.shape[1] // 16)
+        value = nvfp4.scaled_codes(value, _e4m3(scales)[source], torch.float16)
+    out[kept] = in_order(value)
+
+
 def _expand_groups(
     name: str, config: Any, codes: Tensor, scales: Tensor, out: Tensor, schedule: Tensor, pieces: int, row_pieces: int,
     row_multiplier: int, row_shift: int, group_multiplier: int, group_shift: int, tiles_of_group: int, tile_rows: int,
 ) -> None:  # fmt: skip
     groups, rows, row_bytes = codes.shape
     assert pieces > 0
-    assert pieces == out.numel() // 8
-    assert row_bytes == 4 * row_pieces
-    assert scales.shape == (groups, rows, row_pieces // 2)
+    piece = 32 if config.is_interleaved else 8
+    assert pieces == out.numel() // piece
+    assert 2 * row_bytes == piece * row_pieces
+    assert scales.shape == (groups, rows, row_bytes // 8)
     assert codes.data_ptr() % 4 == 0, "codes are read four bytes at a time"
     assert all(size == 1 or stride % 4 == 0 for size, stride in zip(codes.shape[:2], codes.stride()[:2], strict=True))
     flat_row = _quotient(torch.arange(0, pieces, row_pieces), row_multiplier, row_shift)
     group = _quotient(flat_row, group_multiplier, group_shift)
     row = flat_row - group * rows
-    out[flat_row] = nvfp4.scaled_codes(codes[group, row], scales[group, row], torch.bfloat16)
+    value = nvfp4.scaled_codes(codes[group, row], scales[group, row], out.dtype)
+    out[flat_row] = in_order(value) if config.is_interleaved else value
     tiles = groups * tiles_of_group
     schedule[0] = torch.tensor([tiles, groups * rows, 0, 0], dtype=torch.int32)
     for tile in range(tiles):
@@ -516,7 +548,8 @@ def _requantize(
         per_block = scale = nvfp4.global_scale_from_amax(amax, config.granularity)
         global_scales[0] = scale
     codes, block_scales = nvfp4.quantize_with_global_scale(x, per_block)
-    scaled[:rows] = nvfp4.scaled_codes(codes, block_scales, torch.bfloat16)
+    value = nvfp4.scaled_codes(codes, block_scales, scaled.dtype)
+    scaled[:rows] = in_order(value) if config.is_interleaved else value
 
 
 # Quantisers
@@ -717,6 +750,7 @@ KERNELS: dict[type, Callable[..., None]] = {
     WgmmaConfig: _wgmma,
     UnalignedConfig: _unaligned,
     ExpandConfig: _expand,
+    InterleaveConfig: _interleave,
     expand_groups.Config: _expand_groups,
     zero_tail.Config: _zero_tail,
     AlignConfig: _align,

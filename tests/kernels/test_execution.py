@@ -62,7 +62,7 @@ def test_products_of_many_tokens(tokens: int, rows: list[int], k: int) -> None:
     executed = assert_code_agrees(
         ops.nvfp4_mm.default, *activation, *weights, bias, torch.bfloat16, seeds=(0, 1) if tokens == 40 else (2,)
     )
-    assert set(executed) == {"sm90.expand", "sm90.wgmma_w4"}
+    assert set(executed) == {"sm90.interleave", "sm90.wgmma_w4"}
 
 
 def test_products_with_bf16_activations() -> None:

@@ -220,7 +220,7 @@ def decode_two_scales(word, dtype):
     both = convert_two_e4m3(word)
     if dtype == "bf16":
         both = multiply_pair(_bf16_of_f16(both), _signed(e2m1_decoding.BF16_SCALE_FACTOR), dtype)
-    return _repeat_half(both, 0), _repeat_half(both, 1)
+    return repeat_half(both, 0), repeat_half(both, 1)
 
 
 @dsl_user_op
@@ -262,7 +262,7 @@ def f16_of_bf16(pair, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def _repeat_half(word, half, *, loc=None, ip=None):
+def repeat_half(word, half, *, loc=None, ip=None):
     """One half of a word twice; written so that it becomes a modifier of the multiplication that reads it."""
     twice = "{b, b}" if half else "{a, a}"
     text = "{ .reg .b16 a, b; mov.b32 {a, b}, $1; mov.b32 $0, " + twice + "; }"

@@ -1,13 +1,15 @@
-"""Quantises rows to NVFP4 and expands them at once to ``code * block scale``, which is exact in bf16.
+"""Quantises rows to NVFP4 and expands them at once to ``code * block scale``, which is exact in bf16 and in fp16.
 
 The tensor cores of Hopper multiply that product, so codes and scales themselves are never stored. A thread takes eight
 values, half a block: 16 bytes in bf16, so that a warp's accesses are whole lines; two lanes share a block's maximum.
+For the wgmma kernel, four lanes then exchange pairs until each has 16 bytes in the order of ``interleave``.
 """
 
 import cutlass
 from cutlass import Float32, Int32, Int64, Uint32, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
+from dsv4_compile.ops.dispatch.interleave import CHUNK
 from dsv4_compile.ops.dispatch.moe_requantize import THREADS, VALUES, RequantizeConfig
 from dsv4_compile.ops.kernels.sm90.numerics import (
     absolute,
@@ -22,6 +24,8 @@ from dsv4_compile.ops.kernels.sm90.numerics import (
     load_words,
     multiply,
     pack_bf16x2,
+    pack_f16x2,
+    select,
     store_f32,
     store_words,
     subtract,
@@ -110,6 +114,7 @@ def quantize_vector(
     six_global_scales: Float32,
     words: cute.Tensor,
     dtype: cutlass.Constexpr,
+    is_interleaved: cutlass.Constexpr,
 ):
     """Eight values, half of the block shared with the neighbouring lane, to four words of ``code * block scale``."""
     values = cute.make_rmem_tensor(VALUES, Float32)
@@ -119,10 +124,40 @@ def quantize_vector(
         amax = larger_or_nan(amax, absolute(values[i]))
     amax = larger_or_nan(amax, cute.arch.shuffle_sync_bfly(amax, 1))
     scale, inverse, signs = scale_and_inverse(amax, global_scale, six_global_scales)
-    for i in cutlass.range_constexpr(VALUES // 2):
-        words[i] = pack_bf16x2(
-            scaled_code(values[2 * i], scale, inverse, signs), scaled_code(values[2 * i + 1], scale, inverse, signs)
-        )
+    result = [scaled_code(values[i], scale, inverse, signs) for i in range(VALUES)]
+    if cutlass.const_expr(is_interleaved):
+        exchanged = exchange([pack_f16x2(result[i], result[i + 4]) for i in range(4)])
+        for i in cutlass.range_constexpr(4):
+            words[i] = exchanged[i]
+    else:
+        for i in cutlass.range_constexpr(4):
+            words[i] = pack_bf16x2(result[2 * i], result[2 * i + 1])
+
+
+def exchange(pairs):
+    """Transposes the four words of the lanes l, l + 4, l + 8, l + 12 of a half warp: lane l + 4 t gets word t of each.
+
+    They are the lanes t of a word of :func:`interleave.interleave`, and the words its pairs i: 16 bytes of the output.
+    """
+    lane = cute.arch.lane_idx()
+    for distance, bit in ((4, 1), (8, 2)):
+        is_upper = (lane & distance) != 0
+        result = list(pairs)
+        for i in range(4):
+            if i & bit == 0:
+                sent = select(is_upper, pairs[i], pairs[i + bit])
+                received = Uint32(cute.arch.shuffle_sync_bfly(sent, distance))
+                result[i] = select(is_upper, received, pairs[i])
+                result[i + bit] = select(is_upper, pairs[i + bit], received)
+        pairs = result
+    return pairs
+
+
+def place_of(vector, is_interleaved):
+    """Where the 16 bytes that a lane holds after the exchange go: vectors of 128 values, lanes t first."""
+    if not is_interleaved:
+        return vector
+    return (vector & ~15) | ((vector & 3) << 2) | ((vector >> 2) & 3)
 
 
 @cute.jit
@@ -155,10 +190,10 @@ def requantize_kernel(
     schedule: cute.Tensor,
     scaled: cute.Tensor,
     global_scales: cute.Tensor,
-    granularity: cutlass.Constexpr,
-    pdl: cutlass.Constexpr,
+    config: cutlass.Constexpr,
 ):
     dtype = h.element_type
+    is_interleaved = config.is_interleaved
     num_words = VALUES * dtype.width // 32
     num_bytes = VALUES * dtype.width // 8
     smem = cutlass.memory.SmemAllocator()
@@ -167,13 +202,13 @@ def requantize_kernel(
     cta, _, _ = cute.arch.block_idx()
     ctas, _, _ = cute.arch.grid_dim()
     row_vectors = Int32(cute.size(h, mode=[1])) // VALUES
-    if cutlass.const_expr(pdl):
+    if cutlass.const_expr(config.pdl):
         # In this order: the next product reads the schedule without waiting for this kernel, see has_old_schedule.
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
     rows = schedule[0, 1]
     source, target = address_of(h), address_of(scaled)
-    if cutlass.const_expr(granularity == "token"):
+    if cutlass.const_expr(config.granularity == "token"):
         row = cta
         while row < rows:
             row_source = source + Int64(row) * row_vectors * num_bytes
@@ -190,14 +225,14 @@ def requantize_kernel(
             if thread == 0:
                 store_f32(address_of(global_scales) + Int64(row) * 4, global_scale)
             result = cute.make_rmem_tensor(4, Uint32)
-            quantize_vector(kept, global_scale, six_global_scales, result, dtype)
-            store_vector(row_target + Int64(thread) * 16, result, thread < row_vectors)
+            quantize_vector(kept, global_scale, six_global_scales, result, dtype, is_interleaved)
+            store_vector(row_target + Int64(place_of(thread, is_interleaved)) * 16, result, thread < row_vectors)
             for step in cutlass.range(1, cute.ceil_div(row_vectors, THREADS), unroll=1):  # whole warps: lanes exchange
                 vector = step * THREADS + thread
                 words = cute.make_rmem_tensor(num_words, Uint32)
                 load_vector(row_source + Int64(vector) * num_bytes, words, vector < row_vectors, dtype)
-                quantize_vector(words, global_scale, six_global_scales, result, dtype)
-                store_vector(row_target + Int64(vector) * 16, result, vector < row_vectors)
+                quantize_vector(words, global_scale, six_global_scales, result, dtype, is_interleaved)
+                store_vector(row_target + Int64(place_of(vector, is_interleaved)) * 16, result, vector < row_vectors)
             row += ctas
     else:
         vectors = Int64(rows) * row_vectors
@@ -211,7 +246,7 @@ def requantize_kernel(
         for index in cutlass.range(thread, Int32(cute.size(partial_amax)), THREADS, unroll=1):
             amax = cutlass.max(amax, bits(partial_amax[index]))
         amax = maximum_of_block(amax, partial)
-        global_scale = global_scale_of(from_bits(amax), granularity == "tensor_pow2")
+        global_scale = global_scale_of(from_bits(amax), config.granularity == "tensor_pow2")
         six_global_scales = multiply(global_scale, 6.0)
         if (thread == 0) & (cta == 0):
             store_f32(address_of(global_scales), global_scale)
@@ -219,8 +254,8 @@ def requantize_kernel(
             for ahead in cutlass.range_constexpr(AHEAD):
                 vector = first + ahead * stride
                 result = cute.make_rmem_tensor(4, Uint32)
-                quantize_vector(words[None, ahead], global_scale, six_global_scales, result, dtype)
-                store_vector(target + vector * 16, result, vector < vectors)
+                quantize_vector(words[None, ahead], global_scale, six_global_scales, result, dtype, is_interleaved)
+                store_vector(target + place_of(vector, is_interleaved) * 16, result, vector < vectors)
             first += AHEAD * stride
             for ahead in cutlass.range_constexpr(AHEAD):
                 vector = first + ahead * stride
@@ -236,17 +271,16 @@ def launch_requantize(
     global_scales: cute.Tensor,
     ctas: Int32,
     stream,
-    granularity: cutlass.Constexpr,
-    pdl: cutlass.Constexpr,
+    config: cutlass.Constexpr,
 ):
-    requantize_kernel(h, partial_amax, schedule, scaled, global_scales, granularity, pdl).launch(
-        grid=(ctas, 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=pdl
+    requantize_kernel(h, partial_amax, schedule, scaled, global_scales, config).launch(
+        grid=(ctas, 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=config.pdl
     )
 
 
 def build(config: RequantizeConfig):
     dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float32": Float32}[config.dtype]
-    k = cute.sym_int32(divisibility=16)
+    k = cute.sym_int32(divisibility=CHUNK if config.is_interleaved else 16)
 
     def matrix(dtype):
         return make_fake_tensor(dtype, (cute.sym_int32(), k), (k, 1), assumed_align=16)
@@ -256,6 +290,6 @@ def build(config: RequantizeConfig):
 
     schedule = make_fake_tensor(Int32, (cute.sym_int32(), 4), (4, 1), assumed_align=16)
     return launch_requantize, (
-        matrix(dtype), vector(), schedule, matrix(cutlass.BFloat16), vector(), Int32(1),
-        make_fake_stream(use_tvm_ffi_env_stream=True), config.granularity, config.pdl,
+        matrix(dtype), vector(), schedule, matrix(cutlass.Float16 if config.is_interleaved else cutlass.BFloat16),
+        vector(), Int32(1), make_fake_stream(use_tvm_ffi_env_stream=True), config,
     )  # fmt: skip

@@ -1,22 +1,14 @@
-"""Instructions of the wgmma kernels: words of shared memory, stmatrix, the decoding of one byte."""
+"""Instructions of the wgmma kernels: words of shared memory of this and other CTAs, stmatrix, stores."""
 
 from cutlass import Float32, Int32, Int64
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
-from dsv4_compile.ops.kernels.sm90 import e2m1_decoding
 from dsv4_compile.ops.kernels.sm90.inline_asm import asm, struct_of
 
 
 def _i32(values, loc, ip):
     return [Int32(value).ir_value(loc=loc, ip=ip) for value in values]
-
-
-@dsl_user_op
-def load_shared_word(address, offset, *, loc=None, ip=None):
-    """The word at a shared address plus a constant."""
-    text = f"ld.shared.b32 $0, [$1+{offset}];"
-    return Int32(asm(T.i32(), _i32([address], loc, ip), text, "=r,r", loc, ip, True))
 
 
 @dsl_user_op
@@ -123,68 +115,3 @@ def store_global_words(address, words, *, loc=None, ip=None):
     vector = "" if count == 1 else f".v{count}"
     target = registers if count == 1 else f"{{{registers}}}"
     asm(None, operands, f"st.global{vector}.b32 [$0], {target};", "l" + ",r" * count, loc, ip, True)
-
-
-@dsl_user_op
-def multiply_bf16x2(a, b, *, loc=None, ip=None):
-    """Two bf16 products, each rounded to nearest even; subnormals are kept."""
-    return Int32(asm(T.i32(), _i32([a, b], loc, ip), "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", loc, ip))
-
-
-@dsl_user_op
-def permute(a, b, selector, *, loc=None, ip=None):
-    """Four bytes picked from the eight of (b, a)."""
-    return Int32(asm(T.i32(), _i32([a, b, selector], loc, ip), "prmt.b32 $0, $1, $2, $3;", "=r,r,r,n", loc, ip))
-
-
-@dsl_user_op
-def permute_by_register(a, b, selector, *, loc=None, ip=None):
-    """As :func:`permute`, with a selector that lanes differ in."""
-    return Int32(asm(T.i32(), _i32([a, b, selector], loc, ip), "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", loc, ip))
-
-
-@dsl_user_op
-def repeat_half(word, half, *, loc=None, ip=None):
-    """One half of a word twice; written so that it becomes a modifier of the multiplication that reads it."""
-    twice = "{b, b}" if half else "{a, a}"
-    text = "{ .reg .b16 a, b; mov.b32 {a, b}, $1; mov.b32 $0, " + twice + "; }"
-    return Int32(asm(T.i32(), _i32([word], loc, ip), text, "=r,r", loc, ip))
-
-
-@dsl_user_op
-def multiply_word(a, constant, *, loc=None, ip=None):
-    """The low word of a product; kept a multiplication, which runs beside the logic operations that follow."""
-    return Int32(asm(T.i32(), _i32([a, constant], loc, ip), "mul.lo.u32 $0, $1, $2;", "=r,r,n", loc, ip))
-
-
-class ByteDecoder:
-    """The instructions of :func:`e2m1_decoding.decode_byte_of`; shifts are multiplications, beside the logic."""
-
-    mask = staticmethod(lambda word, bits: word & Int32(bits - (bits >> 31 << 32)))
-    shift_left = staticmethod(lambda word, bits: multiply_word(word, 1 << bits))
-    permute = staticmethod(permute_by_register)
-
-
-def decode_byte(word, selector, factor):
-    """The two e2m1 codes of a lane's byte of a word to a bf16x2 register, the low nibble's low, each times ``factor``.
-
-    See :mod:`e2m1_decoding`: the value comes times 2^-126, 0.5 being a subnormal.
-    """
-    return multiply_bf16x2(e2m1_decoding.decode_byte_of(ByteDecoder, word, selector), factor)
-
-
-def scale_pair(word, half):
-    """The e4m3 bytes 2 half and 2 half + 1 of a word to two bf16x2 words of ``scale * 2^112`` twice each.
-
-    A byte times 16 is the scale times 2^-120 as bf16, subnormal scales included. 0x7F, NaN, comes out as 480: see
-    :func:`nan_flags`.
-    """
-    spread = permute(word, Int32(0), Int32(0x4140 if half == 0 else 0x4342))
-    power = Int32(0x79807980)  # 2^116 twice
-    both = multiply_bf16x2(multiply_bf16x2(multiply_word(spread, 16), power), power)
-    return repeat_half(both, 0), repeat_half(both, 1)
-
-
-def nan_flags(word):
-    """Bit 7 of each byte that is 0x7F, the NaN of e4m3, for four bytes without signs."""
-    return (word + Int32(0x01010101)) & Int32(-0x7F7F7F80)

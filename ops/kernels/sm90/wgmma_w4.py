@@ -1,14 +1,14 @@
-"""bf16 activations times packed weights with wgmma, weights decoded in registers from the checkpoint's layout.
+"""Activations of 16 bits times packed weights with wgmma, weights decoded in registers from the checkpoint's layout.
 
 Operands are swapped: 64 weight rows are the M side of a warpgroup's wgmma, with A in registers, and the tokens are its
 N side, read from shared memory as TMA wrote them. A CTA has two such warpgroups (128 weight rows) and one whose first
 two warps load: one the weights (codes and block scales, 256 of K a stage), one the activations (64 of K a stage).
 
-A lane (g, t) of a warp holds rows g and g + 8 of the fragment, of each 16-block the elements 2t, 2t + 1 and 2t + 8,
-2t + 9: bytes t and t + 4 of the block's eight. A quad loads the same 16 bytes, two blocks, and each lane decodes its
-byte of each word: a permutation spreads the byte's nibbles to the two halves of a register with their signs above them,
-a shift and a mask put them in place, and one multiplication by the block scale makes two exact bf16. All of that
-overlaps with the wgmma before it.
+A lane (g, t) of a warp holds rows g and g + 8 of the fragment, of every 16 values of K four in two pairs. The order of
+K is free as long as both operands agree: activations come interleaved (``ops/dispatch/interleave.py``), so that of each
+128 of K a lane has 32 in one piece, two whole blocks. A load of 16 bytes gives them; a word of eight codes decodes to
+the pairs of two steps with the same scale. All of that overlaps with the wgmmas before it. Activations that were
+quantised are f16, in which ``code * scale`` is exact and which is the cheaper to decode to; others are bf16.
 
 The accumulators hold weight rows along the lanes; the epilogue transposes them through shared memory, so that a token's
 outputs are stored 16 bytes at a time.
@@ -20,22 +20,24 @@ from cutlass import BFloat16, Float8E4M3FN, Float16, Float32, Int32, Int64, Uint
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from dsv4_compile.ops.kernels.sm90 import e2m1_decoding
-from dsv4_compile.ops.kernels.sm90.instructions import load_shared_v4
-from dsv4_compile.ops.kernels.sm90.wgmma_epilogue import Epilogue
-from dsv4_compile.ops.kernels.sm90.wgmma_instructions import (
-    decode_byte,
-    load_global_i32,
-    load_shared_word,
-    nan_flags,
-    scale_pair,
+from dsv4_compile.ops.kernels.sm90.instructions import (
+    Decoder,
+    decode_two_scales,
+    load_shared_u16,
+    load_shared_v4,
+    multiply_pair,
 )
+from dsv4_compile.ops.kernels.sm90.wgmma_epilogue import Epilogue
+from dsv4_compile.ops.kernels.sm90.wgmma_instructions import load_global_i32
 
 STAGE_K = 256  # of a weight stage
 CODE_BYTES = STAGE_K // 2
 SCALE_BYTES = STAGE_K // 16
+HALF_K = STAGE_K // 2  # of which a lane has 32 in one piece; 64 bytes of codes, rows of a swizzle of four pieces
+HALF_CODE_BYTES = CODE_BYTES // 2
 STEP_K = 64  # of an activation stage: 128 bytes a token, one swizzle atom
 STEPS = STAGE_K // STEP_K
+WORD_STEPS = 2  # k16 steps that a word of codes is
 HALF_ROWS = 64
 BLOCK_ROWS = 2 * HALF_ROWS
 CONSUMER_WARPS = 8  # of one k group
@@ -44,6 +46,7 @@ SHARED_BYTES = 227 * 1024
 BARRIER_BYTES = 1024
 MAX_WEIGHT_STAGES, MAX_ACTIVATION_STAGES = 8, 12
 OUT_DTYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
+DTYPES = {"bf16": BFloat16, "f16": Float16}
 
 PRODUCER_THREADS = 128
 PRODUCER_REGISTERS = 24
@@ -65,8 +68,8 @@ class WgmmaW4:
         launch_registers = REGISTERS // config.ctas_per_sm // self.threads // 8 * 8
         spare = launch_registers * self.threads - PRODUCER_REGISTERS * PRODUCER_THREADS
         self.consumer_registers = min(240, spare // consumers // 8 * 8)
-        self.group = config.group
-        self.groups = STEP_K // 16 // self.group  # a step of K
+        self.dtype = DTYPES[config.activation]
+        self.halves = 2 // config.k_groups  # of a weight stage, that a k group takes
         self.load_tokens = self.tokens // config.multicast  # that one CTA loads
         self.activation_bytes = self.tokens * STEP_K * 2
         self.weight_bytes = BLOCK_ROWS * (CODE_BYTES + SCALE_BYTES)
@@ -79,6 +82,9 @@ class WgmmaW4:
             MAX_ACTIVATION_STAGES, (room - self.weight_stages * self.weight_bytes) // self.activation_bytes
         )
         self.activation_offset = BARRIER_BYTES
+        # The stages of each k group are its own: it sees every use of them, as the parity of a barrier needs.
+        self.group_stages = self.activation_stages // config.k_groups
+        self.activation_stages = self.group_stages * config.k_groups
         self.code_offset = self.activation_offset + self.activation_stages * self.activation_bytes
         self.scale_offset = self.code_offset + self.weight_stages * BLOCK_ROWS * CODE_BYTES
         self.epilogue_offset = self.scale_offset + self.weight_stages * BLOCK_ROWS * SCALE_BYTES
@@ -90,7 +96,7 @@ class WgmmaW4:
         if config.splits > 1:  # one after the other in the same place
             self.exchange_offset = self.epilogue.partial_offset
         self.shared_bytes = self.epilogue_offset + self.epilogue.shared_bytes
-        assert self.activation_stages >= 2
+        assert self.group_stages >= 2
         assert self.shared_bytes <= SHARED_BYTES // config.ctas_per_sm
 
     # Entry points
@@ -165,19 +171,19 @@ class WgmmaW4:
         stream,
     ):
         config = self.config
-        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
+        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, self.dtype)
         load_layout = cute.tile_to_shape(atom, (self.load_tokens, STEP_K), order=(0, 1))
         load = cpasync.CopyBulkTensorTileG2SOp()
         x_load = cpasync.CopyBulkTensorTileG2SMulticastOp() if config.multicast > 1 else load
         x_map = cpasync.make_tiled_tma_atom(x_load, x, load_layout, (self.load_tokens, STEP_K))
         code_layout = cute.make_composed_layout(
-            cute.make_swizzle(3, 4, 3), 0, cute.make_layout((HALF_ROWS, CODE_BYTES), stride=(CODE_BYTES, 1))
+            cute.make_swizzle(2, 4, 3), 0, cute.make_layout((HALF_ROWS, HALF_CODE_BYTES), stride=(HALF_CODE_BYTES, 1))
         )
         scale_layout = cute.make_layout((HALF_ROWS, SCALE_BYTES), stride=(SCALE_BYTES, 1))
         code_maps = []
         scale_maps = []
         for i in cutlass.range_constexpr(config.num_weights):
-            code_maps.append(cpasync.make_tiled_tma_atom(load, codes[i], code_layout, (HALF_ROWS, CODE_BYTES)))
+            code_maps.append(cpasync.make_tiled_tma_atom(load, codes[i], code_layout, (HALF_ROWS, HALF_CODE_BYTES)))
             scale_maps.append(
                 cpasync.make_tiled_tma_atom(
                     load, cute.recast_tensor(scales[i], Uint8), scale_layout, (HALF_ROWS, SCALE_BYTES)
@@ -185,7 +191,7 @@ class WgmmaW4:
             )
         mma = cute.make_tiled_mma(
             warpgroup.MmaF16BF16Op(
-                BFloat16,
+                self.dtype,
                 Float32,
                 (HALF_ROWS, self.tokens, 16),
                 warpgroup.OperandSource.RMEM,
@@ -349,12 +355,13 @@ class WgmmaW4:
         self, code_atoms, code_tensors, scale_atoms, scale_tensors, schedule, base, full, empty, block_ends,
         first_stage, stages, cluster_id, num_clusters, rank, out,
     ):  # fmt: skip
-        """One warp: codes and block scales by TMA, each stage in two halves of 64 rows."""
+        """One warp: by TMA codes, each stage in two halves of 64 rows of two halves of K, and block scales."""
         config = self.config
         code_ring = cute.make_tensor(
-            cute.recast_ptr((base + self.code_offset).align(1024), swizzle_=cute.make_swizzle(3, 4, 3), dtype=Uint8),
-            cute.make_layout(
-                (HALF_ROWS, CODE_BYTES, 2 * self.weight_stages), stride=(CODE_BYTES, 1, HALF_ROWS * CODE_BYTES)
+            cute.recast_ptr((base + self.code_offset).align(1024), swizzle_=cute.make_swizzle(2, 4, 3), dtype=Uint8),
+            cute.make_layout(  # row halves of each half of K of each stage
+                (HALF_ROWS, HALF_CODE_BYTES, 4 * self.weight_stages),
+                stride=(HALF_CODE_BYTES, 1, HALF_ROWS * HALF_CODE_BYTES),
             ),
         )
         scale_ring = cute.make_tensor(
@@ -383,7 +390,7 @@ class WgmmaW4:
                     for half in cutlass.range_constexpr(2):
                         pair = []
                         for tensor, smem, width, atom in (
-                            (code_tensors[i], code_ring, CODE_BYTES, code_atoms[i]),
+                            (code_tensors[i], code_ring, HALF_CODE_BYTES, code_atoms[i]),
                             (scale_tensors[i], scale_ring, SCALE_BYTES, scale_atoms[i]),
                         ):
                             if cutlass.const_expr(self.is_grouped):
@@ -407,14 +414,20 @@ class WgmmaW4:
                         with cute.arch.elect_one():
                             cute.arch.mbarrier_arrive_and_expect_tx(full + slot, self.weight_bytes)
                         for half in cutlass.range_constexpr(2):
-                            for part, atom in ((0, code_atoms[i]), (1, scale_atoms[i])):
-                                smem, gmem = halves[half][part]
+                            (code_smem, code_gmem), (scale_smem, scale_gmem) = halves[half]
+                            for half_k in cutlass.range_constexpr(2):
                                 cute.copy(
-                                    atom,
-                                    gmem[(None, first_stage + stage)],
-                                    smem[(None, slot * 2 + half)],
+                                    code_atoms[i],
+                                    code_gmem[(None, (first_stage + stage) * 2 + half_k)],
+                                    code_smem[(None, (slot * 2 + half_k) * 2 + half)],
                                     tma_bar_ptr=full + slot,
                                 )
+                            cute.copy(
+                                scale_atoms[i],
+                                scale_gmem[(None, first_stage + stage)],
+                                scale_smem[(None, slot * 2 + half)],
+                                tma_bar_ptr=full + slot,
+                            )
                         slot = slot + 1
                         if slot == self.weight_stages:
                             slot = Int32(0)
@@ -428,19 +441,20 @@ class WgmmaW4:
     ):  # fmt: skip
         """One warp: activations by TMA; with multicast each CTA of a pair loads half the tokens for both."""
         config = self.config
-        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
+        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, self.dtype)
         layout = cute.tile_to_shape(
             atom, (self.load_tokens, STEP_K, self.activation_stages * config.multicast), order=(0, 1, 2)
         )
         ring = cute.make_tensor(
-            cute.recast_ptr((base + self.activation_offset).align(1024), swizzle_=layout.inner, dtype=BFloat16),
+            cute.recast_ptr((base + self.activation_offset).align(1024), swizzle_=layout.inner, dtype=self.dtype),
             layout.outer,
         )
         member = rank % config.multicast
         mask = Int32((1 << config.multicast) - 1) << (rank - member)
         cute.arch.griddepcontrol_wait()
-        slot = Int32(0)
-        phase = Int32(1)
+        k_groups = config.k_groups
+        index_of = [Int32(0) for _ in range(k_groups)]  # each k group's next stage
+        phase_of = [Int32(1) for _ in range(k_groups)]
         tiles = self.num_tiles(schedule, block_ends, out)
         for index in cutlass.range(cluster_id, tiles, num_clusters, unroll=1):
             _, first, _, _ = self.tile(index, schedule, block_ends, out)
@@ -452,24 +466,23 @@ class WgmmaW4:
                 cute.group_modes(ring, 0, 2),
                 cute.group_modes(cute.local_tile(moved, (self.load_tokens, STEP_K), (0, None)), 0, 2),
             )
-            for step in cutlass.range(first_stage * STEPS, (first_stage + stages) * STEPS, unroll=1):
-                cute.arch.mbarrier_wait(empty + slot, phase)
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(full + slot, self.activation_bytes)
-                if cutlass.const_expr(config.multicast > 1):
-                    cute.copy(
-                        x_atom,
-                        gmem[(None, step)],
-                        smem[(None, slot * config.multicast + member)],
-                        tma_bar_ptr=full + slot,
-                        mcast_mask=cutlass.Int16(mask),
-                    )
-                else:
-                    cute.copy(x_atom, gmem[(None, step)], smem[(None, slot)], tma_bar_ptr=full + slot)
-                slot = slot + 1
-                if slot == self.activation_stages:
-                    slot = Int32(0)
-                    phase = phase ^ 1
+            for first_step in cutlass.range(first_stage * STEPS, (first_stage + stages) * STEPS, STEPS, unroll=1):
+                for in_stage in cutlass.range_constexpr(STEPS):
+                    k_group = in_stage * k_groups // STEPS
+                    slot = k_group * self.group_stages + index_of[k_group]
+                    cute.arch.mbarrier_wait(empty + slot, phase_of[k_group])
+                    with cute.arch.elect_one():
+                        cute.arch.mbarrier_arrive_and_expect_tx(full + slot, self.activation_bytes)
+                    source = gmem[(None, first_step + in_stage)]
+                    if cutlass.const_expr(config.multicast > 1):
+                        target = smem[(None, slot * config.multicast + member)]
+                        cute.copy(x_atom, source, target, tma_bar_ptr=full + slot, mcast_mask=cutlass.Int16(mask))
+                    else:
+                        cute.copy(x_atom, source, smem[(None, slot)], tma_bar_ptr=full + slot)
+                    index_of[k_group] = index_of[k_group] + 1
+                    if index_of[k_group] == self.group_stages:
+                        index_of[k_group] = Int32(0)
+                        phase_of[k_group] = phase_of[k_group] ^ 1
 
     # Products
 
@@ -494,30 +507,34 @@ class WgmmaW4:
         else:
             row = warp * 16 + g
             second = 8
-        code_lane = Int32((base + self.code_offset).toint()) + row * CODE_BYTES + g * 16
-        selector = e2m1_decoding.byte_selector(t)
-        code_lane = code_lane ^ (k_group << 5)  # 64 of K are 32 bytes of codes and 4 of scales
-        scale_lane = Int32((base + self.scale_offset).toint()) + row * SCALE_BYTES + k_group * 4
+        # A lane's 16 bytes of a row's 64, where the swizzle of four has put them; and its two scales.
+        code_lane = Int32((base + self.code_offset).toint()) + row * HALF_CODE_BYTES + (t ^ (g // 2)) * 16
+        code_lane = code_lane + k_group * (BLOCK_ROWS * HALF_CODE_BYTES)
+        scale_lane = (
+            Int32((base + self.scale_offset).toint()) + row * SCALE_BYTES + k_group * (SCALE_BYTES // 2) + t * 2
+        )
+        decoder = Decoder(config.activation, cute.arch.grid_dim()[1])
 
-        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
+        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, self.dtype)
         layout = cute.tile_to_shape(atom, (self.tokens, STEP_K, self.activation_stages), order=(0, 1, 2))
         ring = cute.make_tensor(
-            cute.recast_ptr((base + self.activation_offset).align(1024), swizzle_=layout.inner, dtype=BFloat16),
+            cute.recast_ptr((base + self.activation_offset).align(1024), swizzle_=layout.inner, dtype=self.dtype),
             layout.outer,
         )
         thread_mma = mma.get_slice(thread % 128)
         b = thread_mma.make_fragment_B(thread_mma.partition_B(ring))
         accumulators = cute.make_rmem_tensor(mma.partition_shape_C((HALF_ROWS, self.tokens)), Float32)
         fragments = []
-        words = []
+        fragment_words = []
         for _ in cutlass.range_constexpr(2):
-            fragment = cute.make_rmem_tensor(mma.partition_shape_A((HALF_ROWS, 16 * self.group)), BFloat16)
+            fragment = cute.make_rmem_tensor(mma.partition_shape_A((HALF_ROWS, 16 * config.group)), self.dtype)
             fragments.append(fragment)
-            words.append(cute.recast_tensor(fragment, Int32))
+            fragment_words.append(cute.recast_tensor(fragment, Int32))
 
-        positions = STEPS // config.k_groups * self.groups
+        groups = HALF_K // 16 // config.group  # of a half of K
         weight_slot, weight_phase = Int32(0), Int32(0)
-        x_slot, x_phase = k_group, Int32(0)
+        x_first = k_group * self.group_stages
+        x_index, x_phase = Int32(0), Int32(0)
         tile_count = Int32(0)
         largest = Float32(0.0)
         if cutlass.const_expr(self.is_grouped):
@@ -532,53 +549,50 @@ class WgmmaW4:
             low_factor, high_factor = self.epilogue.row_factors(scale_address, segments, rows, first_row, warp, lane)
             accumulators.fill(0.0)
             last_slot = Int32(0)
-            nan_low, nan_high = Int32(0), Int32(0)
             for stage in cutlass.range(stages, unroll=1):
                 cute.arch.mbarrier_wait(weight_full + weight_slot, weight_phase)
-                codes = code_lane + weight_slot * (BLOCK_ROWS * CODE_BYTES)
-                scales = scale_lane + weight_slot * (BLOCK_ROWS * SCALE_BYTES)
-                scale_words = [self.load_scales(scales + i * second * SCALE_BYTES) for i in range(2)]
-                code_words = self.load_codes(codes, 0, second)
-                for word in cutlass.range_constexpr(STEPS // config.k_groups):
-                    nan_low = nan_low | nan_flags(scale_words[0][word])
-                    nan_high = nan_high | nan_flags(scale_words[1][word])
-                for step in cutlass.range_constexpr(STEPS // config.k_groups):
-                    for group in cutlass.range_constexpr(self.groups):
-                        position = step * self.groups + group
-                        current = code_words
-                        if cutlass.const_expr(position + 1 < positions):
-                            code_words = self.load_codes(codes, position + 1, second)
-                        target = words[position % 2]
-                        self.decode(
-                            current,
-                            selector,
-                            [self.scale_factors(scale_words[i][step], group) for i in range(2)],
-                            target,
-                        )
-                        if cutlass.const_expr(position + 1 == positions):
+                loaded = []
+                for half in cutlass.range_constexpr(self.halves):
+                    codes = code_lane + (weight_slot * 2 + half) * (BLOCK_ROWS * HALF_CODE_BYTES)
+                    scales = scale_lane + weight_slot * (BLOCK_ROWS * SCALE_BYTES) + half * (SCALE_BYTES // 2)
+                    loaded.append(self.load_rows(codes, scales, second))
+                for half in cutlass.range_constexpr(self.halves):
+                    words, factors = loaded[half]
+                    for group in cutlass.range_constexpr(groups):
+                        target = fragment_words[group % 2]
+                        for i in cutlass.range_constexpr(config.group // WORD_STEPS):
+                            word = group * (config.group // WORD_STEPS) + i
+                            self.decode(
+                                decoder, [row_words[word] for row_words in words],
+                                [row_factors[word // 2] for row_factors in factors], target, i * WORD_STEPS,
+                            )  # fmt: skip
+                        if cutlass.const_expr(half + 1 == self.halves and group == 0):  # all of the stage is read
                             with cute.arch.elect_one():
                                 cute.arch.mbarrier_arrive(weight_empty + weight_slot)
-                        if cutlass.const_expr(group == 0):
+                        first_k = group * config.group % (STEP_K // 16)
+                        x_slot = x_first + x_index
+                        if cutlass.const_expr(first_k == 0):
                             cute.arch.mbarrier_wait(x_full + x_slot, x_phase)
                         warpgroup.fence()
-                        for k in cutlass.range_constexpr(self.group):
+                        for k in cutlass.range_constexpr(config.group):
                             cute.gemm(
                                 mma,
                                 accumulators,
-                                fragments[position % 2][None, None, k],
-                                b[None, None, group * self.group + k, x_slot],
+                                fragments[group % 2][None, None, k],
+                                b[None, None, first_k + k, x_slot],
                                 accumulators,
                             )
                         warpgroup.commit_group()
                         warpgroup.wait_group(1)
-                        if cutlass.const_expr(group == 0):  # the wgmmas of the stage before are done
-                            if step > 0 or stage > 0:
+                        if cutlass.const_expr(first_k == 0):  # the wgmmas of the step before are done
+                            if half + group > 0 or stage > 0:
                                 self.release(x_empty + last_slot, rank)
                             last_slot = x_slot
-                    x_slot = x_slot + config.k_groups
-                    if x_slot >= self.activation_stages:
-                        x_slot = x_slot - self.activation_stages
-                        x_phase = x_phase ^ 1
+                        if cutlass.const_expr(first_k + config.group == STEP_K // 16):
+                            x_index = x_index + 1
+                            if x_index == self.group_stages:
+                                x_index = Int32(0)
+                                x_phase = x_phase ^ 1
                 weight_slot = weight_slot + 1
                 if weight_slot == self.weight_stages:
                     weight_slot = Int32(0)
@@ -586,7 +600,6 @@ class WgmmaW4:
             warpgroup.wait_group(0)
             if stages > 0:
                 self.release(x_empty + last_slot, rank)
-            self.spread_nan(accumulators, nan_low, nan_high)
 
             if cutlass.const_expr(config.k_groups > 1):
                 self.epilogue.exchange(
@@ -638,43 +651,22 @@ class WgmmaW4:
             )
         return scale_address, segments, rows, first_row, first_column
 
-    @cute.jit
-    def spread_nan(self, accumulators, nan_low, nan_high):
-        """A weight row with a NaN block scale, which was decoded as 480, is NaN."""
-        if (nan_low | nan_high) != 0:
-            for j in cutlass.range_constexpr(self.tokens // 8):
-                for i in cutlass.range_constexpr(4):
-                    if (nan_low if cutlass.const_expr(i < 2) else nan_high) != 0:
-                        accumulators[4 * j + i] = Float32(float("nan"))
+    def load_rows(self, codes, scales, second):
+        """Of both rows of a lane: the four words of its 32 codes in a half of K, the factors of their two blocks."""
+        words, factors = [], []
+        for i in range(2):
+            words.append(load_shared_v4(codes + i * second * HALF_CODE_BYTES))
+            pair = load_shared_u16(scales + i * second * SCALE_BYTES)
+            factors.append(decode_two_scales(pair, self.config.activation))
+        return words, factors
 
-    def load_codes(self, codes, position, second):
-        """The words of a group of k16 steps: for each rows g and g + 8 of the block's first half, then of its other."""
-        words = []
-        for pair in range(self.group // 2):  # 16 bytes of a row hold two steps
-            step = position * self.group + 2 * pair
-            if self.config.k_groups > 1:
-                step = step // 4 * 8 + step % 4
-            chunk = codes ^ Int32(step // 2 << 4)
-            rows = [load_shared_v4(chunk + i * second * CODE_BYTES) for i in range(2)]
-            words += [[rows[i][2 * k + high] for high in range(2) for i in range(2)] for k in range(2)]
-        return words
-
-    def load_scales(self, address):
-        """A row's block scales of a stage that this k group needs, a word for each of its steps."""
-        if self.config.k_groups == 1:
-            return load_shared_v4(address)
-        return [load_shared_word(address, 8 * i) for i in range(STEPS // 2)]
-
-    def scale_factors(self, word, group):
-        """The scales of a group of k16 steps out of the word of 64 elements of K."""
-        halves = self.group // 2
-        return [factor for half in range(halves) for factor in scale_pair(word, group * halves + half)]
-
-    def decode(self, words, selector, factors, target):
-        """Writes the registers of ``group`` A fragments; ``factors[i][k]`` is the scale of row i in step k."""
-        for k in range(self.group):
-            for j in range(4):
-                target[4 * k + j] = decode_byte(words[k][j], selector, factors[j % 2][k])
+    def decode(self, decoder, words, factors, target, first_step):
+        """A word of each row to the registers of the A fragments of two k16 steps."""
+        for row in range(2):
+            for i, pair in enumerate(decoder.decode(words[row])):
+                target[4 * (first_step + i // 2) + 2 * (i % 2) + row] = multiply_pair(
+                    pair, factors[row], self.config.activation
+                )
 
     @cute.jit
     def release(self, barrier, rank):
@@ -696,7 +688,7 @@ def build(config):
     columns = cute.sym_int32(divisibility=8)
     rows = cute.sym_int32()
     k = cute.sym_int32(divisibility=STAGE_K)
-    x = make_fake_tensor(BFloat16, (rows, k), (cute.sym_int64(divisibility=8), 1), assumed_align=16)
+    x = make_fake_tensor(DTYPES[config.activation], (rows, k), (cute.sym_int64(divisibility=8), 1), assumed_align=16)
     out = make_fake_tensor(
         out_dtype, (cute.sym_int32(), columns), (cute.sym_int64(divisibility=8), 1), assumed_align=16
     )
