@@ -1,11 +1,12 @@
 """``sm90.wgmma_w4``: every kind of variant compiled here and its machine code read; run on a GPU against float64.
 
-Bound of a product, used throughout: both operands are exact in bf16, and a wgmma adds 16 products of a step to the sum
+Bound of a product, used throughout: both operands are exact in 16 bits, and a wgmma adds 16 products of a step to the sum
 with at least 23 bits of the largest, truncated; so the sum is off by at most ``(K / 16 + 16) 2^-22 sum |x w|``.
 """
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -13,22 +14,28 @@ from torch import Tensor
 
 from dsv4_compile.ops.dispatch.grouped_wgmma import config_of as grouped_config
 from dsv4_compile.ops.dispatch.grouped_wgmma import grouped_wgmma, partial_amax_size
+from dsv4_compile.ops.dispatch.interleave import in_order
 from dsv4_compile.ops.dispatch.wgmma_choice import VARIANTS
 from dsv4_compile.ops.dispatch.wgmma_choice import config_of as dense_config
 from dsv4_compile.ops.dispatch.wgmma_w4 import OUT_DTYPE_NAMES, Config, fits, launch_dense
 from dsv4_compile.ops.kernels import compilation
 from tests import nvfp4_oracle as oracle
 
+ACTIVATION_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 TORCH_DTYPES = {name: dtype for dtype, name in OUT_DTYPE_NAMES.items()}
 UNIT_ROUNDOFF = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 2.0**-23}
 
 CONFIGS = [
-    *(dense_config(variant, 1, True, False, "bf16") for variant in VARIANTS),
+    *(
+        dense_config(variant, 1, activation == "f16", False, "bf16", activation)
+        for variant in VARIANTS
+        for activation in ACTIVATION_DTYPES
+    ),
     Config("dense", 16),
     Config("dense", 32, ctas_per_sm=3),
     Config("dense", 64, group=4),
     Config("dense", 128, multicast=2, splits=2),
-    Config("dense", 256, multicast=2),
+    Config("dense", 256, multicast=2, activation="bf16"),
     Config("dense", 64, num_weights=3, has_bias=True, out_dtype="fp32"),
     Config("dense", 32, num_weights=4, splits=4, has_row_scale=False, has_bias=True, out_dtype="fp16"),
     *(grouped_config("grouped", rows) for rows in (16, 128)),
@@ -54,11 +61,12 @@ def test_machine_code(config: Config) -> None:
     share = (code.registers * (consumers + 128) - 24 * 128) // consumers
     assert max(int(register) for register in re.findall(r"\bR(\d+)\b", code.sass)) < share // 8 * 8
     steps = 16 // config.k_groups
-    assert code.count(rf"HGMMA\.64x{config.tile_tokens}x16\.F32\.BF16") == code.count("HGMMA") == steps
+    kind = r"\.F32\.BF16" if config.activation == "bf16" else r"\.F32 "
+    assert code.count(rf"HGMMA\.64x{config.tile_tokens}x16{kind}") == code.count("HGMMA") == steps
     # One wait after each two wgmmas that leaves the last ones in flight, and one at the end of a tile that leaves none.
     assert code.count(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1") == steps // config.group
     assert code.count(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0") == 1
-    assert code.count("UTMALDG") == (1 if config.mode != "dense" else config.num_weights) * 4 + 1
+    assert code.count("UTMALDG") == (1 if config.mode != "dense" else config.num_weights) * 6 + 4
     assert code.count("USETMAXREG") == 2
 
 
@@ -102,14 +110,16 @@ def run_dense(config: Config, tokens: int, rows: Sequence[int], k: int) -> None:
     weights = [any_weight(n, k) for n in rows]
     size = 2e-3 if config.out_dtype == "fp16" else 1.0  # fp16 ends at 65504
     global_scales = [(torch.rand(1 if n % 3 else n // 8, device="cuda") + 0.5) * size for n in rows]
-    x = torch.randn(tokens, 2 * k, device="cuda").bfloat16()[:, :k]  # rows that do not touch
+    x = torch.randn(tokens, k, device="cuda").to(ACTIVATION_DTYPES[config.activation])
+    apart = torch.full((tokens, 2 * k), torch.nan, device="cuda", dtype=x.dtype)[:, :k]  # rows that do not touch
+    apart.copy_(in_order(x))
     row_scale = torch.rand(tokens if tokens % 2 else 1, device="cuda") + 0.5 if config.has_row_scale else None
     bias = torch.randn(sum(rows), device="cuda") if config.has_bias else None
     outs = []
     for poison in (torch.nan, -1.0):
         padded = torch.full((tokens + 2, sum(rows) + 16), poison, device="cuda", dtype=TORCH_DTYPES[config.out_dtype])
         codes, block_scales = ([weight[i] for weight in weights] for i in range(2))
-        launch_dense(config, x, row_scale, codes, block_scales, global_scales, bias, padded[1:-1, 8:-8])
+        launch_dense(config, apart, row_scale, codes, block_scales, global_scales, bias, padded[1:-1, 8:-8])
         outs.append(padded[1:-1, 8:-8].clone())
         padded[1:-1, 8:-8] = poison
         assert padded.isnan().all() if poison != -1.0 else (padded == poison).all(), "written outside"
@@ -155,37 +165,46 @@ def test_dense_random_shapes() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [Config("dense", 64, out_dtype="fp32"), Config("dense", 64, splits=4)], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config("dense", 64, out_dtype="fp32"),
+        Config("dense", 64, out_dtype="fp32", k_groups=2, activation="bf16"),
+        Config("dense", 64, splits=4),
+    ],
+    ids=str,
+)
 def test_one_hot(config: Config) -> None:
     """Guards against a permutation along K that sums hide: each output is one element of the weight, exactly."""
     k, n = 1024, 256
     codes, block_scales = any_weight(n, k)
     w, one = scaled(codes, block_scales), torch.ones(1, device="cuda")
     for start in range(0, k, 64):
-        x = torch.zeros(64, k, device="cuda", dtype=torch.bfloat16)
+        x = torch.zeros(64, k, device="cuda", dtype=ACTIVATION_DTYPES[config.activation])
         x[torch.arange(64), torch.arange(64) + start] = 1
         out = torch.empty(64, n, device="cuda", dtype=TORCH_DTYPES[config.out_dtype])
-        launch_dense(config, x, one, [codes], [block_scales], [one], None, out)
+        launch_dense(config, in_order(x), one, [codes], [block_scales], [one], None, out)
         assert torch.equal(out.double(), w[:, start : start + 64].T)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("activation", list(ACTIVATION_DTYPES))
 @pytest.mark.parametrize("tokens", [64, 256])
-def test_non_finite(tokens: int) -> None:
-    """Guards against a NaN scale that decodes to 480, and a NaN that leaves its row or column."""
+def test_non_finite(tokens: int, activation: Any) -> None:
+    """Guards against a NaN scale that decodes to a number, and a NaN that leaves its row or column."""
     multicast = 2 if tokens > 64 else 1
-    config = Config("dense", tokens, multicast=multicast, out_dtype="fp32")
+    config = Config("dense", tokens, multicast=multicast, out_dtype="fp32", activation=activation)
     codes, block_scales = any_weight(384, 512)
     codes[:, :] |= 0x11  # no zero code: an infinite activation times zero is NaN
     block_scales.view(torch.uint8).clamp_(min=1)
-    x = torch.randn(tokens, 512, device="cuda").bfloat16()
+    x = torch.randn(tokens, 512, device="cuda").to(ACTIVATION_DTYPES[activation])
     one, outs = torch.ones(1, device="cuda"), []
     for damaged in (False, True):
         if damaged:
             block_scales.view(torch.uint8)[77, 30] = 0x7F
             x[5, 100], x[9, 3], x[11, 511] = torch.nan, torch.inf, -torch.inf
         out = torch.empty(tokens, 384, device="cuda")
-        launch_dense(config, x, one, [codes], [block_scales], [one], None, out)
+        launch_dense(config, in_order(x), one, [codes], [block_scales], [one], None, out)
         outs.append(out)
     before, after = outs
     assert before.isfinite().all()
@@ -214,8 +233,9 @@ def run_grouped(config: Config, counts: Sequence[int], n: int, k: int, limit: fl
     codes, block_scales = any_weight(experts, n, k)
     size = 2e-4 if is_swiglu or config.out_dtype == "fp16" else 1.0
     global_scale = (torch.rand(experts, 2, device="cuda") + 0.5) * size
-    x = torch.randn(rows + 3, k, device="cuda").bfloat16()
+    x = torch.randn(rows + 3, k, device="cuda").half()
     x[rows:] = torch.nan  # rows of no group
+    interleaved = in_order(x).contiguous()
     row_scale = torch.rand(rows + 3, device="cuda") + 0.5 if config.has_row_scale else None
     row_weight = torch.rand(rows + 3, device="cuda") if config.has_row_weight else None
     outs = []
@@ -225,7 +245,7 @@ def run_grouped(config: Config, counts: Sequence[int], n: int, k: int, limit: fl
         )
         amax = torch.full((partial_amax_size(x),), torch.nan, device="cuda") if config.has_amax else None
         grouped_wgmma(
-            x,
+            interleaved,
             row_scale,
             codes,
             block_scales,
@@ -292,8 +312,8 @@ def test_grouped_without_limit() -> None:
 def test_amax_is_that_of_finite_values() -> None:
     """Guards against an amax of NaN or Inf, or of the rows of another group."""
     codes, block_scales = any_weight(2, 128, 256)
-    x = torch.randn(40, 256, device="cuda").bfloat16()
-    x[3, 0], x[35:] = torch.nan, 1e30
+    x = torch.randn(40, 256, device="cuda").half()
+    x[3, 0], x[35:] = torch.nan, 6e4
     out = torch.empty(40, 64, device="cuda", dtype=torch.bfloat16)
     amax = torch.full((partial_amax_size(x),), torch.nan, device="cuda")
     schedule = schedule_of((30, 5), 64)
