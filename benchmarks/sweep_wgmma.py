@@ -154,6 +154,13 @@ def sweep_experts(tokens: int, weights: Any, scale: Any) -> list[dict[str, Any]]
     ]
 
 
+def report(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Prints rows as they come."""
+    for row in rows:
+        print({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="*", default=[64, 128, 256, 512, 1024, 2048])
@@ -175,14 +182,14 @@ def main() -> None:
         return
     peaks = measure_peaks()
     shapes = itertools.product(SHAPES, arguments.tokens, arguments.activations)
-    rows = [row for (n, k), tokens, activation in shapes for row in sweep_dense(n, k, tokens, activation)]
+    rows: list[dict[str, Any]] = []
+    for (n, k), tokens, activation in shapes:
+        rows += report(sweep_dense(n, k, tokens, activation))
     if arguments.experts_tokens:
         weights = random_weights(EXPERTS, 2 * INTERMEDIATE, HIDDEN), random_weights(EXPERTS, HIDDEN, INTERMEDIATE)
         scale = torch.full((EXPERTS,), 1e-3, device="cuda")
         for tokens in arguments.experts_tokens:
-            rows += sweep_experts(tokens, weights, scale)
-    for row in rows:
-        print({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()})
+            rows += report(sweep_experts(tokens, weights, scale))
     record("wgmma_sweep", rows, peaks)
 
 
