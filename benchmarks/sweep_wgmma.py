@@ -40,18 +40,20 @@ GROUPS = (2, 4)
 
 def dense_configs(activation: str) -> Iterator[Config]:
     """Variants of a dense product."""
-    for (tile, k_groups, ctas), group in itertools.product(SHARES, GROUPS):
+    for (tile, k_groups, ctas), group, is_interleaved in itertools.product(SHARES, GROUPS, (True, False)):
+        if not is_interleaved and (group > 2 or activation == "f16"):
+            continue
         for splits in SPLITS[tile]:
             yield Config(
                 "dense", tile, splits=splits, has_row_scale=activation == "f16", ctas_per_sm=ctas, k_groups=k_groups,
-                group=group, activation=activation,  # type: ignore[arg-type]
+                group=group, activation=activation, is_interleaved=is_interleaved,  # type: ignore[arg-type]
             )  # fmt: skip
 
 
 def name_of(config: Config) -> str:
     return (
         f"{config.tile_tokens} tokens, {config.k_groups} k groups, {config.ctas_per_sm} CTAs, {config.splits} splits, "
-        f"groups of {config.group}"
+        f"groups of {config.group}{'' if config.is_interleaved else ', in order'}"
     )
 
 
@@ -68,7 +70,7 @@ def sweep_dense(rows: int, k: int, tokens: int, activation: str) -> list[dict[st
     out = torch.empty(tokens, rows, dtype=torch.bfloat16, device="cuda")
 
     def call(config: Config, weight: Any) -> None:
-        ready = interleave(*operand[:2])
+        ready = interleave(*operand[:2]) if config.is_interleaved else x
         launch_dense(config, ready, operand[2], [weight[0]], [weight[1]], [one], None, out)
 
     variants: dict[Any, list[Callable[[], Any]]] = {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv4_compile.ops.dispatch import division, interleave
+from dsv4_compile.ops.dispatch import division
 from dsv4_compile.ops.dispatch.moe_align import SCHEDULE_COLUMNS
 from dsv4_compile.ops.kernels import cache
 
@@ -47,9 +47,8 @@ def expand_groups(
     out = codes.new_empty((groups * rows, 2 * row_bytes), dtype=torch.float16 if is_interleaved else torch.bfloat16)
     tiles_of_group = -(-rows // tile_rows)
     schedule = codes.new_empty((groups * tiles_of_group + 1, SCHEDULE_COLUMNS), dtype=torch.int32)
-    piece_elements = interleave.PIECE_ELEMENTS if is_interleaved else PIECE_ELEMENTS
-    row_pieces = out.shape[1] // piece_elements
-    pieces = out.numel() // piece_elements
+    row_pieces = out.shape[1] // PIECE_ELEMENTS
+    pieces = out.numel() // PIECE_ELEMENTS
     torch._check(
         pieces < division.LIMIT,
         lambda: f"nvfp4_grouped_mm: a_codes must have fewer than 2^34 elements, got shape {tuple(codes.shape)}",

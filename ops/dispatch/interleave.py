@@ -20,8 +20,9 @@ from dsv4_compile.ops.kernels.device import require_hopper
 
 OP = "interleave"
 CHUNK = 128  # K must be a multiple
-PIECE_ELEMENTS = 32  # of a thread
-THREADS = 128
+PIECE_ELEMENTS = 8
+THREADS = 256
+UNROLL = 4  # pieces a thread
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def interleave(x: Tensor, block_scales: Tensor | None, rows: Tensor | None = Non
     row_pieces = k // PIECE_ELEMENTS
     pieces = count * row_pieces
     if pieces >= division.LIMIT:
-        raise ValueError(f"{OP}: rows times K must be below 2^36, got {count} x {k}")
+        raise ValueError(f"{OP}: rows times K must be below 2^34, got {count} x {k}")
     if pieces == 0:
         return out
     kernel = cache.kernel("sm90.interleave", InterleaveConfig(is_packed, rows is not None))

@@ -20,6 +20,7 @@ from dsv4_compile.ops.kernels.device import require_hopper, sm_count
 
 MAX_WEIGHTS = 4  # of one launch
 PLAN = "wgmma by estimate"  # the launches of wgmma_choice.plan
+INTERLEAVED_TOKENS = 64  # of a bf16 activation, up to which that is worth a launch; a packed one is decoded anyway
 ACTIVATIONS = {torch.float16: "f16", torch.bfloat16: "bf16"}
 EXPANDED_ELEMENTS = 1 << 27  # of a weight in bf16 or a product in fp32, at a time: 256 and 512 MiB
 
@@ -110,7 +111,8 @@ def _multiply(
     k = 2 * weights[0][0].shape[1]
     is_tiled = k % STAGE_K == 0 and k > 0 and all(weight.shape[0] % 8 == 0 for weight, _, _ in weights)
     read_by_wgmma = is_tiled and is_mappable(*(part for weight in weights for part in weight[:2]))
-    interleaved: Tensor | None = None
+    is_interleaved = x_scales is not None or x.shape[0] <= INTERLEAVED_TOKENS
+    ready: Tensor | None = None
     for columns, codes, scales, global_scales in _parts(weights):
         question = _question(
             x.shape[0], tuple(weight.shape[0] for weight in codes), k, "bf16" if x_scales is None else "packed",
@@ -127,8 +129,13 @@ def _multiply(
             expanded = x if x_scales is None else expand(x, x_scales)
             _multiply_expanded(expanded, row_scale, codes, scales, global_scales, part_bias, part_out)
             continue
-        interleaved = interleave(x, x_scales) if interleaved is None else interleaved
-        _multiply_wgmma(variant, interleaved, row_scale, codes, scales, global_scales, part_bias, part_out)
+        if ready is None and is_interleaved:
+            ready = interleave(x, x_scales)
+        elif ready is None:
+            ready = x if is_mappable(x) else x.clone(memory_format=torch.contiguous_format)
+        _multiply_wgmma(
+            variant, is_interleaved, ready, row_scale, codes, scales, global_scales, part_bias, part_out
+        )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
@@ -165,6 +172,7 @@ def _question(
 
 def _multiply_wgmma(
     parts: Sequence[Part],
+    is_interleaved: bool,
     x: Tensor,
     row_scale: Tensor | None,
     codes: Sequence[Tensor],
@@ -177,7 +185,7 @@ def _multiply_wgmma(
         tokens = slice(part.first, part.first + part.tokens)
         config = config_of(
             part.variant, len(codes), row_scale is not None, bias is not None, OUT_DTYPE_NAMES[out.dtype],
-            ACTIVATIONS[x.dtype],
+            ACTIVATIONS[x.dtype], is_interleaved,
         )  # fmt: skip
         one_or_each = row_scale if row_scale is None or row_scale.shape[0] == 1 else row_scale[tokens]
         launch_dense(config, x[tokens], one_or_each, codes, block_scales, global_scales, bias, out[tokens])

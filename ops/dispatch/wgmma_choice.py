@@ -104,7 +104,13 @@ def _estimate_us(variant: Variant, tokens: int, weight_rows: tuple[int, ...], k:
 
 
 def config_of(
-    variant: Variant, num_weights: int, has_row_scale: bool, has_bias: bool, out_dtype: str, activation: str
+    variant: Variant,
+    num_weights: int,
+    has_row_scale: bool,
+    has_bias: bool,
+    out_dtype: str,
+    activation: str,
+    is_interleaved: bool = True,
 ) -> Config:
     """The configuration of a variant for the operands of a call."""
     return Config(
@@ -118,4 +124,5 @@ def config_of(
         ctas_per_sm=variant.ctas_per_sm,
         k_groups=variant.k_groups,
         activation=activation,  # type: ignore[arg-type]
+        is_interleaved=is_interleaved,
     )

@@ -39,6 +39,8 @@ class Config:
         k_groups: pairs of warpgroups that share a tile, 2 of them each with every other 64 of K; 1 for 256 tokens.
         group: k16 steps, 2 or 4, that are decoded, then multiplied, together.
         activation: ``f16`` for ``code * scale`` of a quantised activation, ``bf16`` for any.
+        is_interleaved: the activation is in the order of :func:`interleave.interleave`, which is cheaper to decode for;
+            ``f16`` always is.
     """
 
     mode: Literal["dense", "grouped", "swiglu"]
@@ -55,6 +57,7 @@ class Config:
     k_groups: int = 1
     group: int = 2
     activation: Literal["f16", "bf16"] = "f16"
+    is_interleaved: bool = True
 
     @property
     def cluster(self) -> int:
@@ -114,7 +117,7 @@ def launch_dense(
 
     Args:
         config: its ``num_weights`` is that of the lists.
-        x: of the config's dtype [M, K], K % 256 == 0, in the order of :func:`interleave.interleave`.
+        x: of the config's dtype [M, K], K % 256 == 0, interleaved or not as the config says.
         row_scale: fp32 [1] or [M], or None for 1.
         codes, block_scales: each uint8 [N_i, K/2], float8_e4m3fn [N_i, K/16], N_i % 8 == 0; see :func:`is_mappable`.
         global_scales: fp32, each [S_i], one for each of S_i equal segments of that weight's rows.

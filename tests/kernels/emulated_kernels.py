@@ -279,6 +279,9 @@ def _wgmma(name: str, config: WgmmaConfig, *arguments: Any) -> None:
 def _wgmma_rows(config: WgmmaConfig, x: Tensor) -> Tensor:
     """Activations of the wgmma kernel, in the order of K of the weights."""
     assert x.dtype == {"f16": torch.float16, "bf16": torch.bfloat16}[config.activation]
+    assert config.is_interleaved or config.activation == "bf16"
+    if not config.is_interleaved:
+        return x
     result = torch.empty_like(x)
     result[:, in_order(torch.arange(x.shape[1]))] = x
     return result
@@ -416,8 +419,8 @@ def _interleave(
     name: str, config: InterleaveConfig, x: Tensor, scales: Tensor, rows: Tensor, out: Tensor, pieces: int,
     row_pieces: int, row_multiplier: int, row_shift: int, index_multiplier: int, index_shift: int,
 ) -> None:  # fmt: skip
-    assert pieces == out.numel() // 32 > 0
-    assert out.shape[1] == 32 * row_pieces
+    assert pieces == out.numel() // 8 > 0
+    assert out.shape[1] == 8 * row_pieces
     assert out.shape[1] % 128 == 0
     row = _quotient(torch.arange(0, pieces, row_pieces), row_multiplier, row_shift)
     assert torch.equal(row, torch.arange(out.shape[0]))
@@ -437,9 +440,8 @@ def _expand_groups(
 ) -> None:  # fmt: skip
     groups, rows, row_bytes = codes.shape
     assert pieces > 0
-    piece = 32 if config.is_interleaved else 8
-    assert pieces == out.numel() // piece
-    assert 2 * row_bytes == piece * row_pieces
+    assert pieces == out.numel() // 8
+    assert row_bytes == 4 * row_pieces
     assert scales.shape == (groups, rows, row_bytes // 8)
     assert codes.data_ptr() % 4 == 0, "codes are read four bytes at a time"
     assert all(size == 1 or stride % 4 == 0 for size, stride in zip(codes.shape[:2], codes.stride()[:2], strict=True))

@@ -27,9 +27,9 @@ UNIT_ROUNDOFF = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 2.0**-23}
 
 CONFIGS = [
     *(
-        dense_config(variant, 1, activation == "f16", False, "bf16", activation)
+        dense_config(variant, 1, activation == "f16", False, "bf16", activation, is_interleaved)
         for variant in VARIANTS
-        for activation in ACTIVATION_DTYPES
+        for activation, is_interleaved in (("f16", True), ("bf16", True), ("bf16", False))
     ),
     Config("dense", 16),
     Config("dense", 32, ctas_per_sm=3),
@@ -112,7 +112,7 @@ def run_dense(config: Config, tokens: int, rows: Sequence[int], k: int) -> None:
     global_scales = [(torch.rand(1 if n % 3 else n // 8, device="cuda") + 0.5) * size for n in rows]
     x = torch.randn(tokens, k, device="cuda").to(ACTIVATION_DTYPES[config.activation])
     apart = torch.full((tokens, 2 * k), torch.nan, device="cuda", dtype=x.dtype)[:, :k]  # rows that do not touch
-    apart.copy_(in_order(x))
+    apart.copy_(in_order(x) if config.is_interleaved else x)
     row_scale = torch.rand(tokens if tokens % 2 else 1, device="cuda") + 0.5 if config.has_row_scale else None
     bias = torch.randn(sum(rows), device="cuda") if config.has_bias else None
     outs = []
@@ -170,6 +170,7 @@ def test_dense_random_shapes() -> None:
     [
         Config("dense", 64, out_dtype="fp32"),
         Config("dense", 64, out_dtype="fp32", k_groups=2, activation="bf16"),
+        Config("dense", 64, out_dtype="fp32", activation="bf16", is_interleaved=False),
         Config("dense", 64, splits=4),
     ],
     ids=str,
@@ -183,17 +184,20 @@ def test_one_hot(config: Config) -> None:
         x = torch.zeros(64, k, device="cuda", dtype=ACTIVATION_DTYPES[config.activation])
         x[torch.arange(64), torch.arange(64) + start] = 1
         out = torch.empty(64, n, device="cuda", dtype=TORCH_DTYPES[config.out_dtype])
-        launch_dense(config, in_order(x), one, [codes], [block_scales], [one], None, out)
+        given = in_order(x).contiguous() if config.is_interleaved else x
+        launch_dense(config, given, one, [codes], [block_scales], [one], None, out)
         assert torch.equal(out.double(), w[:, start : start + 64].T)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("activation", list(ACTIVATION_DTYPES))
+@pytest.mark.parametrize(("activation", "is_interleaved"), [("f16", True), ("bf16", True), ("bf16", False)])
 @pytest.mark.parametrize("tokens", [64, 256])
-def test_non_finite(tokens: int, activation: Any) -> None:
+def test_non_finite(tokens: int, activation: Any, is_interleaved: bool) -> None:
     """Guards against a NaN scale that decodes to a number, and a NaN that leaves its row or column."""
     multicast = 2 if tokens > 64 else 1
-    config = Config("dense", tokens, multicast=multicast, out_dtype="fp32", activation=activation)
+    config = Config(
+        "dense", tokens, multicast=multicast, out_dtype="fp32", activation=activation, is_interleaved=is_interleaved
+    )
     codes, block_scales = any_weight(384, 512)
     codes[:, :] |= 0x11  # no zero code: an infinite activation times zero is NaN
     block_scales.view(torch.uint8).clamp_(min=1)
@@ -204,7 +208,8 @@ def test_non_finite(tokens: int, activation: Any) -> None:
             block_scales.view(torch.uint8)[77, 30] = 0x7F
             x[5, 100], x[9, 3], x[11, 511] = torch.nan, torch.inf, -torch.inf
         out = torch.empty(tokens, 384, device="cuda")
-        launch_dense(config, in_order(x), one, [codes], [block_scales], [one], None, out)
+        given = in_order(x).contiguous() if is_interleaved else x
+        launch_dense(config, given, one, [codes], [block_scales], [one], None, out)
         outs.append(out)
     before, after = outs
     assert before.isfinite().all()

@@ -10,20 +10,8 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from dsv4_compile.ops.dispatch.expand_groups import PIECE_ELEMENTS, THREADS, UNROLL, Config
 from dsv4_compile.ops.dispatch.interleave import CHUNK
-from dsv4_compile.ops.dispatch.interleave import PIECE_ELEMENTS as INTERLEAVED_ELEMENTS
 from dsv4_compile.ops.kernels.sm90 import numerics
-from dsv4_compile.ops.kernels.sm90.interleaving import expand_piece
-
-
-@cute.jit
-def locate(codes, scales, piece, row_pieces, row_multiplier, row_shift, group_multiplier, group_shift):
-    """Offsets of the row of a piece in codes and scales, and the number of the piece in it."""
-    flat_row = numerics.quotient(piece, row_multiplier, row_shift)
-    group = numerics.quotient(flat_row, group_multiplier, group_shift)
-    row = flat_row - group * Int32(cute.size(codes, mode=[1]))
-    code_row = Int64(group) * codes.stride[0] + Int64(row) * codes.stride[1]
-    scale_row = Int64(group) * scales.stride[0] + Int64(row) * scales.stride[1]
-    return code_row, scale_row, piece - flat_row * row_pieces
+from dsv4_compile.ops.kernels.sm90.interleaving import exchange, expanded_pairs, place_of
 
 
 @cute.kernel
@@ -51,33 +39,29 @@ def expand_kernel(
     block, _, _ = cute.arch.block_idx()
     thread, _, _ = cute.arch.thread_idx()
     ctas, _, _ = cute.arch.grid_dim()
-    if cutlass.const_expr(config.is_interleaved):
-        piece = block * THREADS + thread
+    first = block * (THREADS * UNROLL) + thread
+    words = cute.make_rmem_tensor(UNROLL, Uint32)
+    scale_bytes = cute.make_rmem_tensor(UNROLL, Uint32)
+    for i in cutlass.range_constexpr(UNROLL):
+        piece = first + i * THREADS
+        words[i], scale_bytes[i] = Uint32(0), Uint32(0)
         if piece < pieces:
-            code_row, scale_row, place = locate(
-                codes, scales, piece, row_pieces, row_multiplier, row_shift, group_multiplier, group_shift
-            )
-            expand_piece(
-                codes_at + code_row, scales_at + scale_row, place, out_at + Int64(piece) * (2 * INTERLEAVED_ELEMENTS),
-                cute.arch.grid_dim()[1],
-            )  # fmt: skip
-    else:
-        first = block * (THREADS * UNROLL) + thread
-        words = cute.make_rmem_tensor(UNROLL, Uint32)
-        scale_bytes = cute.make_rmem_tensor(UNROLL, Uint32)
-        for i in cutlass.range_constexpr(UNROLL):
-            piece = first + i * THREADS
-            words[i], scale_bytes[i] = Uint32(0), Uint32(0)
-            if piece < pieces:
-                code_row, scale_row, place = locate(
-                    codes, scales, piece, row_pieces, row_multiplier, row_shift, group_multiplier, group_shift
-                )
-                words[i] = numerics.load_words(codes_at + code_row + place * 4, 1)[0]
-                scale_bytes[i] = numerics.load_byte(scales_at + scale_row + (place >> 1))
-        for i in cutlass.range_constexpr(UNROLL):
-            if first + i * THREADS < pieces:
-                values = numerics.decode_e2m1x8(words[i], numerics.scale_factor(scale_bytes[i]))
-                numerics.store_words(out_at + Int64(first + i * THREADS) * 16, values)
+            flat_row = numerics.quotient(piece, row_multiplier, row_shift)
+            group = numerics.quotient(flat_row, group_multiplier, group_shift)
+            row, place = flat_row - group * rows, piece - flat_row * row_pieces
+            code_row = Int64(group) * codes.stride[0] + Int64(row) * codes.stride[1]
+            scale_row = Int64(group) * scales.stride[0] + Int64(row) * scales.stride[1]
+            words[i] = numerics.load_words(codes_at + code_row + place * 4, 1)[0]
+            scale_bytes[i] = numerics.load_byte(scales_at + scale_row + (place >> 1))
+    for i in cutlass.range_constexpr(UNROLL):
+        target = first + i * THREADS
+        if cutlass.const_expr(config.is_interleaved):
+            values = exchange(expanded_pairs(words[i], scale_bytes[i], cute.arch.grid_dim()[1]))
+            if target < pieces:  # the same for 16 lanes
+                numerics.store_words(out_at + Int64(place_of(target)) * 16, values)
+        elif target < pieces:
+            values = numerics.decode_e2m1x8(words[i], numerics.scale_factor(scale_bytes[i]))
+            numerics.store_words(out_at + Int64(target) * 16, values)
 
     tiles = groups * tiles_of_group
     tile = block * THREADS + thread
@@ -114,10 +98,7 @@ def launch_expand(
         codes, scales, out, schedule, pieces, row_pieces, row_multiplier, row_shift, group_multiplier, group_shift,
         tiles_of_group, tile_rows, config,
     ).launch(
-        grid=(cute.ceil_div(pieces, THREADS * (1 if config.is_interleaved else UNROLL)), 1, 1),
-        block=(THREADS, 1, 1),
-        stream=stream,
-        use_pdl=config.pdl,
+        grid=(cute.ceil_div(pieces, THREADS * UNROLL), 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=config.pdl
     )  # fmt: skip
 
 

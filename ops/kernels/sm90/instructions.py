@@ -199,6 +199,20 @@ class Decoder:
 
 
 @dsl_user_op
+def multiply_word(a, constant, *, loc=None, ip=None):
+    """The low word of a product; kept a multiplication, which runs beside the logic operations that follow."""
+    return Int32(asm(T.i32(), _i32([a, constant], loc, ip), "mul.lo.u32 $0, $1, $2;", "=r,r,n", loc, ip))
+
+
+class ByteDecoder:
+    """The instructions of :func:`e2m1_decoding.decode_byte_of`; shifts are multiplications, beside the logic."""
+
+    mask = staticmethod(lambda word, bits: word & _signed(bits))
+    shift_left = staticmethod(lambda word, bits: multiply_word(word, 1 << bits))
+    permute = staticmethod(permute)
+
+
+@dsl_user_op
 def _multiply_add(a, b, addend, *, loc=None, ip=None):
     return Int32(asm(T.i32(), _i32([a, b], loc, ip), f"mad.lo.u32 $0, $1, $2, {addend};", "=r,r,r", loc, ip))
 

@@ -1,16 +1,16 @@
 """Activations for ``wgmma_w4``: NVFP4 to fp16 ``code * scale``, exact, or bf16 as it is, in its order of K.
 
-Rows are optionally gathered by an index. A thread makes 64 bytes of output out of four words of codes and their scales,
-or four times 16 bytes; four threads cover whole lines. Memory bound.
+Rows are optionally gathered by an index. A thread takes four pieces of eight elements; lanes exchange pairs, so that a
+warp loads and stores whole lines. Memory bound.
 """
 
 import cutlass
 from cutlass import BFloat16, Float16, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from dsv4_compile.ops.dispatch.interleave import CHUNK, PIECE_ELEMENTS, THREADS, InterleaveConfig
+from dsv4_compile.ops.dispatch.interleave import CHUNK, PIECE_ELEMENTS, THREADS, UNROLL, InterleaveConfig
 from dsv4_compile.ops.kernels.sm90 import numerics
-from dsv4_compile.ops.kernels.sm90.interleaving import copy_piece, expand_piece
+from dsv4_compile.ops.kernels.sm90.interleaving import exchange, expanded_pairs, pairs_of, place_of
 
 
 @cute.kernel
@@ -31,26 +31,42 @@ def interleave_kernel(
         cute.arch.griddepcontrol_launch_dependents()
         cute.arch.griddepcontrol_wait()
     x_at, scales_at = numerics.address_of(x), numerics.address_of(scales)
-    piece = cute.arch.block_idx()[0] * THREADS + cute.arch.thread_idx()[0]
-    row = numerics.quotient(piece, row_multiplier, row_shift)
-    source = row
-    if piece < pieces:
-        if cutlass.const_expr(config.has_gather):
-            index = Int32(numerics.load_words(numerics.address_of(rows) + Int64(row) * 4, 1)[0])
-            source = Int32(-1)
-            if index >= 0:
-                source = numerics.quotient(index, index_multiplier, index_shift)
-        if source >= 0:
-            place = piece - row * row_pieces
-            out_at = numerics.address_of(out) + Int64(piece) * (2 * PIECE_ELEMENTS)
-            first_piece = Int64(source) * row_pieces  # of the row
+    out_at = numerics.address_of(out)
+    first = cute.arch.block_idx()[0] * (THREADS * UNROLL) + cute.arch.thread_idx()[0]
+    words_a_piece = 1 if config.is_packed else 4
+    sources = cute.make_rmem_tensor(UNROLL, Int64)
+    words = cute.make_rmem_tensor((words_a_piece, UNROLL), Uint32)
+    scale_bytes = cute.make_rmem_tensor(UNROLL, Uint32)
+    for i in cutlass.range_constexpr(UNROLL):
+        piece = first + i * THREADS
+        sources[i] = Int64(-1)
+        if piece < pieces:
+            sources[i] = Int64(piece)
+            if cutlass.const_expr(config.has_gather):
+                row = numerics.quotient(piece, row_multiplier, row_shift)
+                index = Int32(numerics.load_words(numerics.address_of(rows) + Int64(row) * 4, 1)[0])
+                sources[i] = Int64(-1)
+                if index >= 0:
+                    source_row = numerics.quotient(index, index_multiplier, index_shift)
+                    sources[i] = Int64(source_row) * row_pieces + (piece - row * row_pieces)
+    for i in cutlass.range_constexpr(UNROLL):
+        scale_bytes[i] = Uint32(0)
+        for word in cutlass.range_constexpr(words_a_piece):
+            words[word, i] = Uint32(0)
+        if sources[i] >= 0:
+            loaded = numerics.load_words(x_at + sources[i] * (4 * words_a_piece), words_a_piece)
+            for word in cutlass.range_constexpr(words_a_piece):
+                words[word, i] = loaded[word]
             if cutlass.const_expr(config.is_packed):
-                expand_piece(
-                    x_at + first_piece * (PIECE_ELEMENTS // 2), scales_at + first_piece * (PIECE_ELEMENTS // 16), place,
-                    out_at, cute.arch.grid_dim()[1],
-                )  # fmt: skip
-            else:
-                copy_piece(x_at + first_piece * (2 * PIECE_ELEMENTS), place, out_at)
+                scale_bytes[i] = numerics.load_byte(scales_at + (sources[i] >> 1))
+    for i in cutlass.range_constexpr(UNROLL):
+        if cutlass.const_expr(config.is_packed):
+            pairs = expanded_pairs(words[0, i], scale_bytes[i], cute.arch.grid_dim()[1])
+        else:
+            pairs = pairs_of([words[word, i] for word in range(4)])
+        values = exchange(pairs)
+        if sources[i] >= 0:  # the same for 16 lanes
+            numerics.store_words(out_at + Int64(place_of(first + i * THREADS)) * (2 * PIECE_ELEMENTS), values)
 
 
 def build(config: InterleaveConfig):
@@ -72,7 +88,12 @@ def build(config: InterleaveConfig):
     ):
         interleave_kernel(
             x, scales, rows, out, pieces, row_pieces, row_multiplier, row_shift, index_multiplier, index_shift, config
-        ).launch(grid=(cute.ceil_div(pieces, THREADS), 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=config.pdl)
+        ).launch(
+            grid=(cute.ceil_div(pieces, THREADS * UNROLL), 1, 1),
+            block=(THREADS, 1, 1),
+            stream=stream,
+            use_pdl=config.pdl,
+        )
 
     def matrix(dtype, divisibility, align):
         columns = cute.sym_int64(divisibility=divisibility)

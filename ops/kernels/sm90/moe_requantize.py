@@ -11,6 +11,7 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from dsv4_compile.ops.dispatch.interleave import CHUNK
 from dsv4_compile.ops.dispatch.moe_requantize import THREADS, VALUES, RequantizeConfig
+from dsv4_compile.ops.kernels.sm90.interleaving import exchange, place_of
 from dsv4_compile.ops.kernels.sm90.numerics import (
     absolute,
     add,
@@ -25,7 +26,6 @@ from dsv4_compile.ops.kernels.sm90.numerics import (
     multiply,
     pack_bf16x2,
     pack_f16x2,
-    select,
     store_f32,
     store_words,
     subtract,
@@ -134,30 +134,9 @@ def quantize_vector(
             words[i] = pack_bf16x2(result[2 * i], result[2 * i + 1])
 
 
-def exchange(pairs):
-    """Transposes the four words of the lanes l, l + 4, l + 8, l + 12 of a half warp: lane l + 4 t gets word t of each.
-
-    They are the lanes t of a word of :func:`interleave.interleave`, and the words its pairs i: 16 bytes of the output.
-    """
-    lane = cute.arch.lane_idx()
-    for distance, bit in ((4, 1), (8, 2)):
-        is_upper = (lane & distance) != 0
-        result = list(pairs)
-        for i in range(4):
-            if i & bit == 0:
-                sent = select(is_upper, pairs[i], pairs[i + bit])
-                received = Uint32(cute.arch.shuffle_sync_bfly(sent, distance))
-                result[i] = select(is_upper, received, pairs[i])
-                result[i + bit] = select(is_upper, pairs[i + bit], received)
-        pairs = result
-    return pairs
-
-
-def place_of(vector, is_interleaved):
-    """Where the 16 bytes that a lane holds after the exchange go: vectors of 128 values, lanes t first."""
-    if not is_interleaved:
-        return vector
-    return (vector & ~15) | ((vector & 3) << 2) | ((vector >> 2) & 3)
+def unchanged(vector):
+    """Where the 16 bytes of a vector go that is not interleaved."""
+    return vector
 
 
 @cute.jit
@@ -194,6 +173,7 @@ def requantize_kernel(
 ):
     dtype = h.element_type
     is_interleaved = config.is_interleaved
+    place = place_of if cutlass.const_expr(is_interleaved) else unchanged
     num_words = VALUES * dtype.width // 32
     num_bytes = VALUES * dtype.width // 8
     smem = cutlass.memory.SmemAllocator()
@@ -226,13 +206,13 @@ def requantize_kernel(
                 store_f32(address_of(global_scales) + Int64(row) * 4, global_scale)
             result = cute.make_rmem_tensor(4, Uint32)
             quantize_vector(kept, global_scale, six_global_scales, result, dtype, is_interleaved)
-            store_vector(row_target + Int64(place_of(thread, is_interleaved)) * 16, result, thread < row_vectors)
+            store_vector(row_target + Int64(place(thread)) * 16, result, thread < row_vectors)
             for step in cutlass.range(1, cute.ceil_div(row_vectors, THREADS), unroll=1):  # whole warps: lanes exchange
                 vector = step * THREADS + thread
                 words = cute.make_rmem_tensor(num_words, Uint32)
                 load_vector(row_source + Int64(vector) * num_bytes, words, vector < row_vectors, dtype)
                 quantize_vector(words, global_scale, six_global_scales, result, dtype, is_interleaved)
-                store_vector(row_target + Int64(place_of(vector, is_interleaved)) * 16, result, vector < row_vectors)
+                store_vector(row_target + Int64(place(vector)) * 16, result, vector < row_vectors)
             row += ctas
     else:
         vectors = Int64(rows) * row_vectors
@@ -255,7 +235,7 @@ def requantize_kernel(
                 vector = first + ahead * stride
                 result = cute.make_rmem_tensor(4, Uint32)
                 quantize_vector(words[None, ahead], global_scale, six_global_scales, result, dtype, is_interleaved)
-                store_vector(target + place_of(vector, is_interleaved) * 16, result, vector < vectors)
+                store_vector(target + place(vector) * 16, result, vector < vectors)
             first += AHEAD * stride
             for ahead in cutlass.range_constexpr(AHEAD):
                 vector = first + ahead * stride

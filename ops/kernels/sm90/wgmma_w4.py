@@ -8,7 +8,9 @@ A lane (g, t) of a warp holds rows g and g + 8 of the fragment, of every 16 valu
 K is free as long as both operands agree: activations come interleaved (``ops/dispatch/interleave.py``), so that of each
 128 of K a lane has 32 in one piece, two whole blocks. A load of 16 bytes gives them; a word of eight codes decodes to
 the pairs of two steps with the same scale. All of that overlaps with the wgmmas before it. Activations that were
-quantised are f16, in which ``code * scale`` is exact and which is the cheaper to decode to; others are bf16.
+quantised are f16, in which ``code * scale`` is exact and which is the cheaper to decode to; others are bf16. Where
+interleaving many of those would cost more than it saves, a quad loads the same 16 bytes, two blocks, and each lane
+decodes its byte of every word: two of its values in two steps with scales of their own.
 
 The accumulators hold weight rows along the lanes; the epilogue transposes them through shared memory, so that a token's
 outputs are stored 16 bytes at a time.
@@ -20,7 +22,9 @@ from cutlass import BFloat16, Float8E4M3FN, Float16, Float32, Int32, Int64, Uint
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
+from dsv4_compile.ops.kernels.sm90 import e2m1_decoding
 from dsv4_compile.ops.kernels.sm90.instructions import (
+    ByteDecoder,
     Decoder,
     decode_two_scales,
     load_shared_u16,
@@ -70,6 +74,10 @@ class WgmmaW4:
         self.consumer_registers = min(240, spare // consumers // 8 * 8)
         self.dtype = DTYPES[config.activation]
         self.halves = 2 // config.k_groups  # of a weight stage, that a k group takes
+        # What is loaded at a time: the codes of eight k16 steps, or of two.
+        self.piece_steps = HALF_K // 16 if config.is_interleaved else WORD_STEPS
+        self.pieces = self.halves * (HALF_K // 16) // self.piece_steps
+        assert config.is_interleaved or config.group == WORD_STEPS
         self.load_tokens = self.tokens // config.multicast  # that one CTA loads
         self.activation_bytes = self.tokens * STEP_K * 2
         self.weight_bytes = BLOCK_ROWS * (CODE_BYTES + SCALE_BYTES)
@@ -507,13 +515,18 @@ class WgmmaW4:
         else:
             row = warp * 16 + g
             second = 8
-        # A lane's 16 bytes of a row's 64, where the swizzle of four has put them; and its two scales.
-        code_lane = Int32((base + self.code_offset).toint()) + row * HALF_CODE_BYTES + (t ^ (g // 2)) * 16
+        # A lane's 16 bytes of a row's 64, where the swizzle of four has put them, or the quad's first; and its scales.
+        first_piece, first_scale = g // 2, Int32(0)
+        if cutlass.const_expr(config.is_interleaved):
+            first_piece, first_scale = t ^ first_piece, t * 2
+        code_lane = Int32((base + self.code_offset).toint()) + row * HALF_CODE_BYTES + first_piece * 16
         code_lane = code_lane + k_group * (BLOCK_ROWS * HALF_CODE_BYTES)
-        scale_lane = (
-            Int32((base + self.scale_offset).toint()) + row * SCALE_BYTES + k_group * (SCALE_BYTES // 2) + t * 2
-        )
-        decoder = Decoder(config.activation, cute.arch.grid_dim()[1])
+        scale_lane = Int32((base + self.scale_offset).toint()) + row * SCALE_BYTES + first_scale
+        scale_lane = scale_lane + k_group * (SCALE_BYTES // 2)
+        if cutlass.const_expr(config.is_interleaved):
+            decoder = Decoder(config.activation, cute.arch.grid_dim()[1])
+        else:
+            decoder = e2m1_decoding.byte_selector(t)
 
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, self.dtype)
         layout = cute.tile_to_shape(atom, (self.tokens, STEP_K, self.activation_stages), order=(0, 1, 2))
@@ -531,7 +544,6 @@ class WgmmaW4:
             fragments.append(fragment)
             fragment_words.append(cute.recast_tensor(fragment, Int32))
 
-        groups = HALF_K // 16 // config.group  # of a half of K
         weight_slot, weight_phase = Int32(0), Int32(0)
         x_first = k_group * self.group_stages
         x_index, x_phase = Int32(0), Int32(0)
@@ -551,25 +563,24 @@ class WgmmaW4:
             last_slot = Int32(0)
             for stage in cutlass.range(stages, unroll=1):
                 cute.arch.mbarrier_wait(weight_full + weight_slot, weight_phase)
-                loaded = []
-                for half in cutlass.range_constexpr(self.halves):
-                    codes = code_lane + (weight_slot * 2 + half) * (BLOCK_ROWS * HALF_CODE_BYTES)
-                    scales = scale_lane + weight_slot * (BLOCK_ROWS * SCALE_BYTES) + half * (SCALE_BYTES // 2)
-                    loaded.append(self.load_rows(codes, scales, second))
-                for half in cutlass.range_constexpr(self.halves):
-                    words, factors = loaded[half]
-                    for group in cutlass.range_constexpr(groups):
-                        target = fragment_words[group % 2]
-                        for i in cutlass.range_constexpr(config.group // WORD_STEPS):
-                            word = group * (config.group // WORD_STEPS) + i
-                            self.decode(
-                                decoder, [row_words[word] for row_words in words],
-                                [row_factors[word // 2] for row_factors in factors], target, i * WORD_STEPS,
-                            )  # fmt: skip
-                        if cutlass.const_expr(half + 1 == self.halves and group == 0):  # all of the stage is read
+                codes = code_lane + weight_slot * (BLOCK_ROWS * CODE_BYTES)
+                scales = scale_lane + weight_slot * (BLOCK_ROWS * SCALE_BYTES)
+                loaded = self.load_piece(codes, scales, second, 0)
+                for piece in cutlass.range_constexpr(self.pieces):
+                    words, factors = loaded
+                    if cutlass.const_expr(piece + 1 < self.pieces):
+                        loaded = self.load_piece(codes, scales, second, piece + 1)
+                    for group in cutlass.range_constexpr(self.piece_steps // config.group):
+                        first_step = piece * self.piece_steps + group * config.group
+                        buffer = first_step // config.group % 2
+                        if cutlass.const_expr(config.is_interleaved):
+                            self.decode_words(decoder, words, factors, group, fragment_words[buffer])
+                        else:
+                            self.decode_bytes(decoder, words, factors, fragment_words[buffer])
+                        if cutlass.const_expr(piece + 1 == self.pieces and group == 0):  # all of the stage is read
                             with cute.arch.elect_one():
                                 cute.arch.mbarrier_arrive(weight_empty + weight_slot)
-                        first_k = group * config.group % (STEP_K // 16)
+                        first_k = first_step % (STEP_K // 16)
                         x_slot = x_first + x_index
                         if cutlass.const_expr(first_k == 0):
                             cute.arch.mbarrier_wait(x_full + x_slot, x_phase)
@@ -578,14 +589,14 @@ class WgmmaW4:
                             cute.gemm(
                                 mma,
                                 accumulators,
-                                fragments[group % 2][None, None, k],
+                                fragments[buffer][None, None, k],
                                 b[None, None, first_k + k, x_slot],
                                 accumulators,
                             )
                         warpgroup.commit_group()
                         warpgroup.wait_group(1)
                         if cutlass.const_expr(first_k == 0):  # the wgmmas of the step before are done
-                            if half + group > 0 or stage > 0:
+                            if first_step > 0 or stage > 0:
                                 self.release(x_empty + last_slot, rank)
                             last_slot = x_slot
                         if cutlass.const_expr(first_k + config.group == STEP_K // 16):
@@ -651,22 +662,39 @@ class WgmmaW4:
             )
         return scale_address, segments, rows, first_row, first_column
 
-    def load_rows(self, codes, scales, second):
-        """Of both rows of a lane: the four words of its 32 codes in a half of K, the factors of their two blocks."""
+    def load_piece(self, codes, scales, second, piece):
+        """Four words of codes of both rows of a lane, and the factors that go with them.
+
+        Interleaved: the lane's 32 codes of half a stage, two blocks, eight steps. Else the quad's two blocks, two steps.
+        """
+        half, in_half = divmod(piece, self.pieces // self.halves)
+        codes = codes + half * (BLOCK_ROWS * HALF_CODE_BYTES)
+        scales = scales + half * (SCALE_BYTES // 2) + 2 * in_half
         words, factors = [], []
         for i in range(2):
-            words.append(load_shared_v4(codes + i * second * HALF_CODE_BYTES))
+            words.append(load_shared_v4((codes + i * second * HALF_CODE_BYTES) ^ Int32(16 * in_half)))
             pair = load_shared_u16(scales + i * second * SCALE_BYTES)
             factors.append(decode_two_scales(pair, self.config.activation))
         return words, factors
 
-    def decode(self, decoder, words, factors, target, first_step):
-        """A word of each row to the registers of the A fragments of two k16 steps."""
-        for row in range(2):
-            for i, pair in enumerate(decoder.decode(words[row])):
-                target[4 * (first_step + i // 2) + 2 * (i % 2) + row] = multiply_pair(
-                    pair, factors[row], self.config.activation
-                )
+    def decode_words(self, decoder, words, factors, group, target):
+        """Words of each row to the registers of the A fragments of two k16 steps each."""
+        count = self.config.group // WORD_STEPS
+        for i in range(count):
+            word = group * count + i
+            for row in range(2):
+                for j, pair in enumerate(decoder.decode(words[row][word])):
+                    place = 4 * (WORD_STEPS * i + j // 2) + 2 * (j % 2) + row
+                    target[place] = multiply_pair(pair, factors[row][word // 2], self.config.activation)
+
+    def decode_bytes(self, selector, words, factors, target):
+        """A byte of each word to the registers of the A fragments of two k16 steps."""
+        for step in range(WORD_STEPS):
+            for high in range(2):
+                for row in range(2):
+                    word = words[row][2 * step + high]
+                    pair = e2m1_decoding.decode_byte_of(ByteDecoder, word, selector)
+                    target[4 * step + 2 * high + row] = multiply_pair(pair, factors[row][step], self.config.activation)
 
     @cute.jit
     def release(self, barrier, rank):
