@@ -13,6 +13,7 @@ OP = "nvfp4_grouped_mm"
 
 # Decoding waits more than it computes where a tile has few tokens: more warps (measured, see docs/measured.md).
 CTAS_PER_SM = {16: 3, 32: 2, 64: 2, 128: 1, 256: 1}
+GROUPS = {16: 2, 32: 4, 64: 4, 128: 2, 256: 2}
 MAX_CTAS_PER_SM = 3
 
 
@@ -34,7 +35,7 @@ def config_of(
         has_amax=has_amax,
         out_dtype=out_dtype,  # type: ignore[arg-type]
         ctas_per_sm=CTAS_PER_SM[tile_rows],
-        k_groups=2 if tile_rows == 128 else 1,
+        group=GROUPS[tile_rows],
     )
 
 

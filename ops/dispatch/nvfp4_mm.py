@@ -14,14 +14,13 @@ from dsv4_compile.ops.dispatch import decode_mm, fresh_weights, tuning, wgmma_ch
 from dsv4_compile.ops.dispatch.alignment import aligned
 from dsv4_compile.ops.dispatch.expand import expand
 from dsv4_compile.ops.dispatch.interleave import interleave
-from dsv4_compile.ops.dispatch.wgmma_choice import Part, config_of, plan
+from dsv4_compile.ops.dispatch.wgmma_choice import INTERLEAVED_TOKENS, Activation, Part, config_of, plan
 from dsv4_compile.ops.dispatch.wgmma_w4 import OUT_DTYPE_NAMES, STAGE_K, is_mappable, launch_dense
 from dsv4_compile.ops.kernels.device import require_hopper, sm_count
 
 MAX_WEIGHTS = 4  # of one launch
 PLAN = "wgmma by estimate"  # the launches of wgmma_choice.plan
-INTERLEAVED_TOKENS = 64  # of a bf16 activation, up to which that is worth a launch; a packed one is decoded anyway
-ACTIVATIONS = {torch.float16: "f16", torch.bfloat16: "bf16"}
+ACTIVATIONS: dict[torch.dtype, Activation] = {torch.float16: "f16", torch.bfloat16: "bf16"}
 EXPANDED_ELEMENTS = 1 << 27  # of a weight in bf16 or a product in fp32, at a time: 256 and 512 MiB
 
 
@@ -158,8 +157,10 @@ def _question(
     if read_by_decode and (default := decode_mm.choose(*shape)) is not None:
         variants = {config.block_name: config for config in (default, *decode_mm.variants(*shape))}
     if read_by_wgmma:
-        variants |= {v.name: (Part(0, tokens, v),) for v in wgmma_choice.variants(tokens, weight_rows, k, sms)}
-        variants[PLAN] = plan(tokens, weight_rows, k, sms)
+        products: tuple[int, tuple[int, ...], int, int, Activation]
+        products = (tokens, weight_rows, k, sms, "f16" if activation == "packed" else "bf16")
+        variants |= {v.name: (Part(0, tokens, v),) for v in wgmma_choice.variants(*products)}
+        variants[PLAN] = plan(*products)
     if not variants:
         return None
     rows = "+".join(str(rows) for rows in weight_rows)

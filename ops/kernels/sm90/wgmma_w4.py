@@ -665,7 +665,7 @@ class WgmmaW4:
     def load_piece(self, codes, scales, second, piece):
         """Four words of codes of both rows of a lane, and the factors that go with them.
 
-        Interleaved: the lane's 32 codes of half a stage, two blocks, eight steps. Else the quad's two blocks, two steps.
+        Interleaved: the lane's 32 codes of half a stage, two blocks, eight steps. Else the quad's two, two steps.
         """
         half, in_half = divmod(piece, self.pieces // self.halves)
         codes = codes + half * (BLOCK_ROWS * HALF_CODE_BYTES)
