@@ -19,12 +19,13 @@ TILE_ROWS = 16  # weight rows of a tensor-core instruction
 MAX_TOKENS = 32
 MAX_WEIGHTS = 4  # of one launch
 MAX_STAGES = 32
-BARRIER_BYTES = 1024
+BARRIER_BYTES = 1152
+TOKEN_GAP_BYTES = 16  # between tokens in shared memory: no bank conflicts
 SMEM_KIB = 226
 TOKEN_SLOTS = (1, 2, 4, 8, 16, 24, 32)
-# Row tiles, row warps, K warps and steps a stage of blocks of 16 to 256 rows, for at most so many tokens: the fastest of
-# those tried on an H100 at 1, 8, 16 and 32 tokens (docs/measured.md). The last one of each needs the least shared memory
-# beside the activations. For more than 16 tokens eight warps, whose threads have the registers for four tiles of tokens.
+# Row tiles, row warps, K warps and steps a stage of blocks of 16 to 256 rows, for at most so many tokens: the fastest
+# of those tried on an H100 at 1, 8, 16 and 32 tokens (docs/measured.md). The last one of each needs the least shared
+# memory beside the activations. More than 16 tokens have eight warps: registers for four tiles of tokens.
 BLOCK_SHAPES = {
     8: ((1, 1, 16, 1), (2, 1, 8, 1), (1, 4, 4, 2), (2, 4, 4, 1), (2, 8, 2, 1), (1, 16, 1, 1)),
     16: ((1, 1, 16, 1), (1, 2, 8, 1), (1, 4, 4, 2), (2, 4, 4, 1), (2, 8, 2, 1), (1, 16, 1, 1)),
@@ -103,10 +104,21 @@ class Config:
         block = f"{self.row_tiles}x{self.row_warps}x{self.k_warps}"
         return f"decode {block}, {self.stage_steps} steps a stage, {self.splits} splits"
 
+    @property
+    def has_copied_activations(self) -> bool:
+        """Whether the activations lie in shared memory as in global memory, and not in the order of decoding."""
+        return self.activation == "bf16" and self.mode == "dense"
+
+    @property
+    def token_gap_bytes(self) -> int:
+        """Between the activations of two tokens in shared memory."""
+        return TOKEN_GAP_BYTES if self.has_copied_activations else 0
+
     def class_slots(self, k: int) -> int:
         """Stages that the shared memory holds for each class of warp groups; below 1 the variant cannot run."""
         stages = -(-k // (STEP_K * self.stage_steps))
-        activations = -(-stages // self.splits) * self.stage_steps * STEP_K * 2 * self.token_slots
+        token_bytes = -(-stages // self.splits) * self.stage_steps * STEP_K * 2 + self.token_gap_bytes
+        activations = token_bytes * self.token_slots
         reduction = 4 * self.k_warps * self.token_slots * (self.block_rows + 4)
         ring = self.smem_kib * 1024 - -(-(BARRIER_BYTES + activations + reduction) // 1024) * 1024
         stage_bytes = self.stage_steps * self.block_rows * (STEP_K // 2 + STEP_K // 16)
