@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,25 +19,33 @@ TILE_ROWS = 16  # weight rows of a tensor-core instruction
 MAX_TOKENS = 32
 MAX_WEIGHTS = 4  # of one launch
 MAX_STAGES = 32
-BARRIER_BYTES = 1024
+BARRIER_BYTES = 1152
+TOKEN_GAP_BYTES = 16  # between tokens in shared memory: no bank conflicts
 SMEM_KIB = 226
 TOKEN_SLOTS = (1, 2, 4, 8, 16, 24, 32)
-# Row tiles, row warps, K warps and steps a stage of blocks of 16 to 256 rows: the fastest of those tried on an H100 at
-# 1 and 16 tokens (docs/measured.md). The last one needs the least shared memory beside the activations.
-BLOCK_SHAPES = ((1, 1, 16, 1), (2, 1, 8, 1), (1, 4, 4, 2), (2, 4, 4, 1), (2, 8, 2, 1), (1, 16, 1, 1))
-# For more tokens: eight warps, whose threads have the registers for four tiles of tokens.
-FEW_WARPS_TOKENS = 16
-FEW_WARPS_BLOCK_SHAPES = ((1, 1, 8, 1), (2, 1, 8, 1), (2, 2, 4, 2), (2, 4, 2, 1), (2, 8, 1, 1))
+# Row tiles, row warps, K warps and steps a stage of blocks of 16 to 256 rows, for at most so many tokens: the fastest
+# of those tried on an H100 at 1, 8, 16 and 32 tokens (docs/measured.md). The last one of each needs the least shared
+# memory beside the activations. More than 16 tokens have eight warps: registers for four tiles of tokens.
+BLOCK_SHAPES = {
+    8: ((1, 1, 16, 1), (2, 1, 8, 1), (1, 4, 4, 2), (2, 4, 4, 1), (2, 8, 2, 1), (1, 16, 1, 1)),
+    16: ((1, 1, 16, 1), (1, 2, 8, 1), (1, 4, 4, 2), (2, 4, 4, 1), (2, 8, 2, 1), (1, 16, 1, 1)),
+    32: ((1, 1, 8, 1), (2, 1, 8, 1), (2, 2, 4, 2), (2, 4, 2, 1), (2, 8, 1, 1)),
+}
+# Blocks of clusters for 5 to 16 tokens: small ones of any, large ones of at least four CTAs.
+CLUSTER_TOKENS = range(5, 17)
+SMALL_CLUSTER_ROWS = 64
+LARGE_CLUSTER_BLOCKS = ((1, 15, 1, 1), (1, 16, 1, 1))
+LARGE_CLUSTER_SPLITS = 4
 LARGEST_BLOCK_ROWS = 256
-MANY_TOKENS_WARPS = 8
+FEW_WARPS_TOKENS, MANY_TOKENS_WARPS = 16, 8  # most warps of more tokens
 SPLITS = (1, 2, 4, 8)
 # Row tiles, row warps and K warps that tuning tries; benchmarks/sweep_decode_mm.py times them.
 TUNED_BLOCKS = ((1, 1, 8), (1, 1, 16), (2, 1, 8), (1, 2, 8), (1, 4, 4), (2, 2, 4), (1, 7, 2), (2, 4, 2), (2, 4, 4),
                 (2, 7, 1), (1, 14, 1), (1, 15, 1), (2, 8, 1), (2, 8, 2), (1, 16, 1))  # fmt: skip
 GROUPED_TILE_ROWS = 8
 GROUPED_FEW_ROWS = 48
-GROUPED_FEW, GROUPED_MANY = (2, 2, 4), (2, 2, 8)
-GROUPED_BLOCKS = (GROUPED_FEW, GROUPED_MANY, (2, 4, 2), (1, 4, 4))
+GROUPED_FEW, GROUPED_MANY = (2, 2, 4), (2, 4, 2)
+GROUPED_BLOCKS = (GROUPED_FEW, GROUPED_MANY, (2, 2, 8), (1, 4, 4))
 OUT_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -96,10 +104,21 @@ class Config:
         block = f"{self.row_tiles}x{self.row_warps}x{self.k_warps}"
         return f"decode {block}, {self.stage_steps} steps a stage, {self.splits} splits"
 
+    @property
+    def has_copied_activations(self) -> bool:
+        """Whether the activations lie in shared memory as in global memory, and not in the order of decoding."""
+        return self.activation == "bf16" and self.mode == "dense"
+
+    @property
+    def token_gap_bytes(self) -> int:
+        """Between the activations of two tokens in shared memory."""
+        return TOKEN_GAP_BYTES if self.has_copied_activations else 0
+
     def class_slots(self, k: int) -> int:
         """Stages that the shared memory holds for each class of warp groups; below 1 the variant cannot run."""
         stages = -(-k // (STEP_K * self.stage_steps))
-        activations = -(-stages // self.splits) * self.stage_steps * STEP_K * 2 * self.token_slots
+        token_bytes = -(-stages // self.splits) * self.stage_steps * STEP_K * 2 + self.token_gap_bytes
+        activations = token_bytes * self.token_slots
         reduction = 4 * self.k_warps * self.token_slots * (self.block_rows + 4)
         ring = self.smem_kib * 1024 - -(-(BARRIER_BYTES + activations + reduction) // 1024) * 1024
         stage_bytes = self.stage_steps * self.block_rows * (STEP_K // 2 + STEP_K // 16)
@@ -133,17 +152,27 @@ def choose(
     """
     if not 0 < tokens <= MAX_TOKENS or k % STEP_K or not k:
         return None
-    shapes = BLOCK_SHAPES if tokens <= FEW_WARPS_TOKENS else FEW_WARPS_BLOCK_SHAPES
     rows = sum(weight_rows)
-    for splits in SPLITS:
-        for shape in shapes:
-            config = _dense(shape, splits, tokens, weight_rows, activation, has_bias, out_dtype, has_row_scale)
-            is_largest = config.block_rows == LARGEST_BLOCK_ROWS
-            if -(-rows // config.block_rows) * splits > HOPPER_SM_COUNT and (splits > 1 or not is_largest):
-                continue
-            if config.class_slots(k) >= 1:
-                return config
+    for shape, splits in _preferred(tokens):
+        config = _dense(shape, splits, tokens, weight_rows, activation, has_bias, out_dtype, has_row_scale)
+        is_largest = config.block_rows == LARGEST_BLOCK_ROWS
+        if -(-rows // config.block_rows) * splits > HOPPER_SM_COUNT and (splits > 1 or not is_largest):
+            continue
+        if config.class_slots(k) >= 1:
+            return config
     return None
+
+
+def _preferred(tokens: int) -> Iterator[tuple[tuple[int, int, int, int], int]]:
+    """Block shapes and splits of K, the first to be tried first."""
+    shapes = next(shapes for most, shapes in BLOCK_SHAPES.items() if tokens <= most)
+    if tokens in CLUSTER_TOKENS:
+        small = [shape for shape in shapes if TILE_ROWS * shape[0] * shape[1] <= SMALL_CLUSTER_ROWS]
+        yield from ((shape, 1) for shape in shapes)
+        for splits in SPLITS[1:]:
+            large = LARGE_CLUSTER_BLOCKS if splits >= LARGE_CLUSTER_SPLITS else ()
+            yield from ((shape, splits) for shape in (*small, *large))
+    yield from ((shape, splits) for splits in SPLITS for shape in shapes)
 
 
 def variants(

@@ -131,7 +131,9 @@ def _decode_slots(config: DecodeConfig, k: int) -> int:
     most_steps = -(-stages // config.splits) * config.stage_steps
     block_rows = 16 * config.row_tiles * config.row_warps
     reduction = 4 * config.k_warps * config.token_slots * (block_rows + 4)
-    ring_offset = -(-(1024 + most_steps * 512 * config.token_slots + reduction) // 1024) * 1024
+    is_copied = config.activation == "bf16" and config.mode == "dense"
+    activations = config.token_slots * (most_steps * 512 + (16 if is_copied else 0))
+    ring_offset = -(-(1152 + activations + reduction) // 1024) * 1024
     stage_bytes = block_rows * (128 * config.stage_steps + 16 * config.stage_steps)
     held = (config.smem_kib * 1024 - ring_offset) // stage_bytes
     return min(held, 32) // max(1, config.k_warps // config.stage_steps)

@@ -65,12 +65,30 @@ def test_products_of_many_tokens(tokens: int, rows: list[int], k: int) -> None:
     assert set(executed) == {"sm90.interleave", "sm90.wgmma_w4"}
 
 
-def test_products_with_bf16_activations() -> None:
-    """Guards against another order of K for activations that are not packed, and infinities that spread."""
-    _, weights = dense_operands(3, [40], 512)
-    x = torch.randn(3, 512).bfloat16()
-    x[1, 7] = float("inf")
+@pytest.mark.parametrize(
+    ("tokens", "rows", "k"), [(1, [40], 1280), (3, [40], 512), (11, [33, 8], 1024), (27, [24], 768)], ids=str
+)
+def test_products_with_bf16_activations(tokens: int, rows: list[int], k: int) -> None:
+    """Guards against another order of K of codes and activations, a chunk that is read early, infinities that spread."""
+    _, weights = dense_operands(1, rows, k, nan_share=0.01)
+    x = torch.randn(tokens, k).bfloat16()
+    if tokens > 1:
+        x[1, 7] = float("inf")
+    assert_code_agrees(ops.nvfp4_weight_mm.default, x, *weights, None, torch.float32, seeds=(0, 1))
+
+
+@pytest.mark.parametrize("exponent", [-105, -60, 0, 100, 126])
+def test_magnitudes_of_one_bf16_token(exponent: int) -> None:
+    """Guards against a power of two that leaves bf16 or is not taken back, and sums that overflow before they are scaled."""
+    _, weights = dense_operands(1, [24], 512)
+    weights[2][0].fill_(2.0 ** (20 if exponent < 0 else -40))
+    x = (torch.randn(1, 512).double().clamp(-1.9, 1.9) * 2.0**exponent).bfloat16()
     assert_code_agrees(ops.nvfp4_weight_mm.default, x, *weights, None, torch.float32)
+    if exponent == 0:
+        for value in (0.0, float("inf"), float("nan")):
+            x[0, 300] = value
+            assert_code_agrees(ops.nvfp4_weight_mm.default, x, *weights, None, torch.float32)
+        assert_code_agrees(ops.nvfp4_weight_mm.default, torch.zeros_like(x), *weights, None, torch.float32)
 
 
 def test_a_cluster_that_shares_k(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +96,9 @@ def test_a_cluster_that_shares_k(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_mm, "SPLITS", (2,))
     activation, weights = dense_operands(4, [40], 1024)
     assert_code_agrees(ops.nvfp4_mm.default, *activation, *weights, None, torch.bfloat16, seeds=(0, 5))
+    for tokens in (1, 9):
+        x = torch.randn(tokens, 1024).bfloat16()
+        assert_code_agrees(ops.nvfp4_weight_mm.default, x, *weights, None, torch.float32, seeds=(0, 5))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +189,7 @@ def test_sees_code_that_is_wrong(tokens: int, old: str, new: str, monkeypatch: p
     monkeypatch.setattr(execution, "launches", launches)
     activation, weights = dense_operands(tokens, [40], 256)
     with pytest.raises(AssertionError, match=r"sm90\.(decode_mm|wgmma_w4)"):
-        assert_code_agrees(ops.nvfp4_mm.default, *activation, *weights, None, torch.bfloat16)
+        assert_code_agrees(ops.nvfp4_mm.default, *activation, *weights, None, torch.bfloat16, seeds=(0, 1, 2, 3))
     assert changed > 0
 
 

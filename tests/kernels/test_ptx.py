@@ -579,6 +579,40 @@ def test_early_read() -> None:
     assert seen == {0xFFFFFFFF, 1 << 16}
 
 
+def test_copy_of_bytes() -> None:
+    """Guards against a copy that misses its bytes or its barrier, or is there before the barrier says so."""
+    x, out = np.arange(64, dtype="u4"), np.zeros(40, "u4")
+    body = """
+      mov.u32 %r1, %tid.x; setp.ne.s32 %p1, %r1, 0; @%p1 bra JOIN; mbarrier.init.shared.b64 [smem], 1;
+      mbarrier.arrive.expect_tx.shared.b64 _, [smem], 160;
+    JOIN: bar.sync 0; mov.b32 %r2, smem; ld.param.b64 %rd1, [p0]; ld.param.b64 %rd2, [p1]; shl.b32 %r3, %r1, 4;
+      add.s32 %r4, %r2, 64; add.s32 %r4, %r4, %r3; mul.wide.u32 %rd3, %r1, 16; add.s64 %rd4, %rd1, %rd3;
+      setp.ge.s32 %p2, %r1, 10; @%p2 bra WAIT; mov.b32 %r5, 16;
+      cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r4], [%rd4+32], %r5, [%r2];
+    WAIT: mbarrier.try_wait.parity.shared.b64 %p3, [smem], 0; @!%p3 bra WAIT;
+      setp.ge.s32 %p2, %r1, 10; @%p2 bra END;
+      ld.shared.v4.b32 {%r6, %r7, %r8, %r9}, [%r4]; add.s64 %rd5, %rd2, %rd3;
+      st.global.v4.b32 [%rd5], {%r6, %r7, %r8, %r9};
+    END:
+    """
+    for seed in range(4):
+        out[:] = 0
+        execute(body, [x, out], shared=1024, seed=seed)
+        assert np.array_equal(out, x[8:48])
+    with pytest.raises(Deadlock, match=r"mbarrier.try_wait"):
+        execute(body.replace("[smem], 160", "[smem], 176"), [x, out], shared=1024)
+    with pytest.raises(PtxError, match=r"units of 16.*cp.async.bulk"):
+        execute(body.replace("[%rd4+32]", "[%rd4+36]"), [x, out], shared=1024)
+    with pytest.raises(PtxError, match=r"outside of the memory"):
+        execute(body.replace("[%rd4+32]", "[%rd4+128]"), [x, out], shared=1024)
+    early = body.replace("[smem], 160", "[smem], 0")
+    seen = set()
+    for seed in range(8):
+        execute(early, [x, out], shared=1024, seed=seed)
+        seen.add(bool(np.array_equal(out, x[8:48])))
+    assert False in seen
+
+
 def test_barriers() -> None:
     """Guards against named barriers that let warps pass too early, and waits that never end unseen."""
     out = np.zeros(96, "u4")

@@ -74,14 +74,18 @@ def compiled_variants() -> list[Config]:
 @pytest.mark.parametrize("config", random.Random(0).sample(compiled_variants(), 12), ids=str)
 def test_machine_code(config: Config) -> None:
     """Guards against registers that spill, and against a main loop off the tensor cores or with narrow loads."""
+    from dsv4_compile.ops.kernels.sm90.decode_mm import DecodeMM
+
     code = compilation.machine_code("sm90.decode_mm", config)
     threads = 32 * (config.row_warps * config.k_warps + 1)
     assert code.spill_bytes == 0
     assert code.registers * threads <= 65536
-    # 16 a tile of 16 rows and 8 tokens: 256 values of K, 16 a product
-    assert code.count(r"HMMA\.16816") == 16 * config.row_tiles * max(1, config.token_slots // 8)
+    # 16 a tile of 16 rows and 8 tokens: 256 values of K, 16 a product; half of them where the halves are a loop
+    is_rolled = DecodeMM(config).has_rolled_halves
+    assert code.count(r"HMMA\.16816") == (8 if is_rolled else 16) * config.row_tiles * max(1, config.token_slots // 8)
     assert code.count("UTMALDG") > 0
-    assert code.count(r"LDS\.128") >= 4 * config.row_tiles
+    assert (code.count("UBLKCP") > 0) == (config.activation == "bf16" and config.mode == "dense")
+    assert code.count(r"LDS\.128") >= (2 if is_rolled else 4) * config.row_tiles
     assert code.count("LDL|STL") == 0
 
 

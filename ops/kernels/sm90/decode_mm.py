@@ -9,8 +9,13 @@ a barrier needs.
 
 The order of K inside a step is free as long as both operands agree. Lane ``t`` of a quad owns 32 whole codes, two
 blocks with their two scales, of each 128; activations are stored in that order, eight at a time as (0, 4) (1, 5) (2,
-6) (3, 7), which is how a word of codes decodes. Rows inside a group of eight are taken in the order 0 4 1 5 2 6 3 7,
-so that eight lanes read eight different banks of the 128-byte swizzle that TMA writes.
+6) (3, 7), which is how a word of codes decodes to f16. Rows inside a group of eight are taken in the order 0 4 1 5 2 6
+3 7, so that eight lanes read eight different banks of the 128-byte swizzle that TMA writes.
+
+The bf16 activations of a dense product are copied as they lie, by bulk copies that pass no register, in chunks of K
+with a barrier each. Codes decode to bf16 as they lie, too. Lane ``t`` owns the blocks ``t`` and ``t + 4`` of eight: a
+quad's activations are then side by side, and with 16 bytes more between tokens eight lanes read different banks. For
+the codes that takes the order of rows 0 2 4 6 1 3 5 7.
 
 In the grouped modes a unit of work is a row block of one expert times the tokens of one tile of a schedule that an
 earlier kernel made, and the CTAs share the units evenly. For SwiGLU half of a block are gate rows, half the matching
@@ -18,6 +23,7 @@ up rows.
 
 One token fills the columns of a product differently: those of each member of a quad have that member's values of K and
 zeros elsewhere. So the sums of different blocks stay apart, and are multiplied by the scales instead of the weights.
+In bf16 the codes then still lack 2^126, which the activations get (:meth:`Activations.scale_up`).
 
 Partial sums of warps and of the CTAs of a cluster are added in a fixed order: the same bits on every run.
 """
@@ -30,19 +36,18 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from dsv4_compile.ops.dispatch.decode_mm import BARRIER_BYTES, MAX_STAGES, STEP_K
 from dsv4_compile.ops.kernels.sm90 import numerics
+from dsv4_compile.ops.kernels.sm90.decode_activations import CHUNKS, CONSUMERS_BARRIER, STEP_BYTES, Activations
 from dsv4_compile.ops.kernels.sm90.instructions import (
     EXPONENTS,
     Decoder,
     add_f32,
     decode_two_scales,
-    f16_of_bf16,
     load_cluster_f32,
     load_global_f32,
     load_global_i32,
-    load_global_u16,
-    load_global_v4,
     load_shared_f32,
     load_shared_u16,
+    load_shared_v2,
     load_shared_v4,
     mma,
     multiply_add_f32,
@@ -56,15 +61,15 @@ from dsv4_compile.ops.kernels.sm90.instructions import (
 
 CODE_BYTES = STEP_K // 2  # of a row's step
 SCALE_BYTES = STEP_K // 16
-CONSUMERS_BARRIER = 1
 SHARED_KIB = 227  # of a multiprocessor, for CTAs
 # Zeros between barriers and activations, for columns of other members: a step of one token.
-ZERO_OFFSET = 2 * MAX_STAGES * 8
-ZERO_BYTES = BARRIER_BYTES - ZERO_OFFSET
+ZERO_BYTES = STEP_BYTES
+ZERO_OFFSET = BARRIER_BYTES - ZERO_BYTES
+assert (2 * MAX_STAGES + CHUNKS) * 8 <= ZERO_OFFSET
 OUT_DTYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
 
 
-class DecodeMM:
+class DecodeMM(Activations):
     def __init__(self, config):
         self.config = config
         self.is_grouped = config.mode != "dense"
@@ -91,15 +96,18 @@ class DecodeMM:
         # The bf16 rows of a grouped product are such q * s: multiples of 2^-10 up to 2688 with at most 6 bits.
         is_exact = config.activation == "packed" or self.is_grouped
         self.dtype = "f16" if is_exact else "bf16"
+        self.is_copied = config.has_copied_activations
         decoded_operands = 2 if config.activation == "packed" else 1
         # One token leaves seven of a product's columns free. Each member of a quad gets columns of its own: a lane
         # then holds the sum of one block, and the scale multiplies that instead of sixteen values.
-        self.has_columns_per_member = config.token_slots == 1 and is_exact
+        self.has_columns_per_member = config.token_slots == 1
         # Found by trying, against spills: the halves of a step as a loop, and the least CTAs a multiprocessor that the
         # assembler is told, 0 for nothing.
         is_tight = self.has_columns_per_member and not few_warps
-        self.has_rolled_halves = is_tight and config.row_tiles == 1
-        self.min_blocks = 0 if is_tight and config.row_tiles > 1 else SHARED_KIB // config.smem_kib
+        self.has_rolled_halves = is_tight and config.row_tiles == 1 and not self.is_copied
+        is_tightest = is_tight and config.row_tiles > 1 and (config.num_weights > 1 or not self.is_copied)
+        self.min_blocks = 0 if is_tightest else SHARED_KIB // config.smem_kib
+        self.is_scaled_up = self.is_copied and self.has_columns_per_member
         self.correction = 2.0 ** (decoded_operands * EXPONENTS[self.dtype])
 
     @cute.jit
@@ -230,7 +238,8 @@ class DecodeMM:
         base = cute.arch.get_dyn_smem(Uint8, alignment=1024)
         barriers = cute.recast_ptr(base, dtype=Int64)
         activations = Int32(base.toint()) + BARRIER_BYTES
-        activation_bytes = most_steps * (STEP_K * 2 * self.slots)
+        token_bytes = most_steps * STEP_BYTES + config.token_gap_bytes
+        activation_bytes = token_bytes * self.slots
         reduction = activations + activation_bytes
         ring_offset = (BARRIER_BYTES + activation_bytes + self.reduction_bytes + 1023) // 1024 * 1024
         stages = (config.smem_kib * 1024 - ring_offset) // self.stage_bytes
@@ -247,10 +256,15 @@ class DecodeMM:
             ends.append(blocks)
 
         cute.arch.griddepcontrol_launch_dependents()
-        if thread == 0:
-            for i in cutlass.range_constexpr(MAX_STAGES):
+        if warp == self.warps:
+            for atom in [*code_atoms, *scale_atoms]:
+                cpasync.prefetch_descriptor(atom)
+        with cute.arch.elect_one():  # of each warp: by one thread they would take as long as a load
+            for i in cutlass.range(warp, self.classes * class_slots, self.warps + 1, unroll=1):
                 cute.arch.mbarrier_init(barriers + i, 1)
                 cute.arch.mbarrier_init(barriers + MAX_STAGES + i, self.readers)
+            for i in cutlass.range(warp, CHUNKS if self.is_copied else 0, self.warps + 1, unroll=1):
+                cute.arch.mbarrier_init(barriers + 2 * MAX_STAGES + i, 1)
             cute.arch.mbarrier_init_fence()
         if cutlass.const_expr(self.has_columns_per_member):  # noqa: SIM102 - known when compiling, the other is not
             if thread < ZERO_BYTES // 16:
@@ -265,8 +279,10 @@ class DecodeMM:
             units = blocks * load_global_i32(routing[1].iterator.toint())
         elif cutlass.const_expr(self.is_grouped):
             units = blocks * routing[7] * ((routing[6] + self.slots - 1) // self.slots)
-        first_unit = Int32(Int64(units) * cluster // num_clusters)
-        last_unit = Int32(Int64(units) * (cluster + 1) // num_clusters)
+        first_unit, last_unit = cluster, cluster + 1
+        if units != num_clusters:  # divisions of 64 bits take long
+            first_unit = Int32(Int64(units) * cluster // num_clusters)
+            last_unit = Int32(Int64(units) * (cluster + 1) // num_clusters)
 
         if warp == self.warps:
             self.produce(
@@ -275,9 +291,9 @@ class DecodeMM:
             )  # fmt: skip
         else:
             self.consume(
-                x, x_scales, row_scale, global_scales, code_tensors, bias, out, routing, activations, reduction, ring,
-                scale_ring, barriers, class_slots, ends, blocks, first_unit, last_unit, first_step, steps,
-                last_stage - first_stage, rank, k, thread, warp,
+                x, x_scales, row_scale, global_scales, code_tensors, bias, out, routing, activations, token_bytes,
+                reduction, ring, scale_ring, barriers, class_slots, ends, blocks, first_unit, last_unit, first_step,
+                steps, last_stage - first_stage, rank, k, thread, warp,
             )  # fmt: skip
 
     @cute.jit
@@ -402,6 +418,7 @@ class DecodeMM:
         out,
         routing,
         activations,
+        token_bytes,
         reduction,
         ring,
         scale_ring,
@@ -423,11 +440,17 @@ class DecodeMM:
         config = self.config
         first_row, tokens, expert, current = Int32(0), out.shape[0], Int32(0), Int32(-1)
         first_scales = []
+        arrivals = barriers + 2 * MAX_STAGES  # of chunks of copied activations
+        arrived = Int32(0)  # steps
+        undo = Float32(1.0)
         if cutlass.const_expr(not self.is_grouped):
             first_scales = [global_scales[i][0] for i in range(config.num_weights)]  # constants: before the wait
             cute.arch.griddepcontrol_wait()
-            self.fill(x, x_scales, None, None, activations, first_row, tokens, first_step, steps, k, thread, warp)
-            cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=self.threads)
+            if cutlass.const_expr(self.is_copied):
+                self.copy_rows(x, activations, token_bytes, arrivals, tokens, first_step, steps, k, warp)
+            else:
+                self.fill(x, x_scales, None, None, activations, first_row, tokens, first_step, steps, k, thread, warp)
+                cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=self.threads)
         elif cutlass.const_expr(not config.has_schedule or config.has_old_schedule):
             cute.arch.griddepcontrol_wait()
         first_row_scale = Float32(1.0)
@@ -440,21 +463,37 @@ class DecodeMM:
         stage_class, first_in_stage = group // config.stage_steps, group % config.stage_steps
         if cutlass.const_expr(self.classes == 1):
             stage_class, first_in_stage = Int32(0), group
+        # Where the lane's codes lie in the 128 bytes of its row, in the first half of a step; and its scales.
         quad_row = quad // 2 + 4 * (quad % 2)  # 0 4 1 5 2 6 3 7
-        row = row_warp * (16 * config.row_tiles) + quad_row
-        # Where the lane's 16 bytes lie in the 128 bytes of its row, in the first half of a step; and its scales.
         lane_offset = (member ^ quad_row) * 16
+        scale_offset = member * 2
+        if cutlass.const_expr(self.is_copied):
+            quad_row = quad % 4 * 2 + quad // 4  # 0 2 4 6 1 3 5 7
+            lane_offset = (member // 2 ^ quad_row) * 16 + member % 2 * 8
+            scale_offset = Int32(0)
+        row = row_warp * (16 * config.row_tiles) + quad_row
+        scale_selector = member * 17 + 64  # bytes t and t + 4 of eight
+        lane_places = (lane_offset, scale_selector, token_bytes)
         scale_turn = quad_row // {1: 8, 2: 4, 4: 2}[config.stage_steps]
         token = quad % self.slots if cutlass.const_expr(self.slots < 8) else quad
         columns = activations + (token * 4 + member) * 16  # the lane's activations; and bytes of a step
-        pitch = Int32(STEP_K * 2 * self.slots)
+        pitch = Int32(STEP_BYTES * self.slots)
+        zero_pitch = 16
+        if cutlass.const_expr(self.is_copied):
+            columns = activations + token * token_bytes + member * 32
+            pitch = Int32(STEP_BYTES)
+            zero_pitch = 32
         if cutlass.const_expr(self.has_columns_per_member):
             # Columns 2 m and 2 m + 1 are member m's. The others read zeros, in other banks than those that do not.
             is_own = quad // 2 == member
-            columns = numerics.select(is_own, columns, activations - ZERO_BYTES + (quad // 2 + 1) % 4 * 16)
+            columns = numerics.select(is_own, columns, activations - ZERO_BYTES + (quad // 2 + 1) % 4 * zero_pitch)
             pitch = numerics.select(is_own, pitch, Int32(0))
 
         decoder = Decoder(self.dtype, cute.arch.grid_dim()[1])
+        if cutlass.const_expr(self.is_scaled_up):
+            if steps > 0:
+                cute.arch.mbarrier_wait(arrivals, 0)
+            undo = self.scale_up(activations, steps, reduction, thread)
         accumulators = cute.make_rmem_tensor((4, self.token_tiles, config.row_tiles), Float32)
         index, parity = Int32(0), Int32(0)  # the class's next slot
         largest = Float32(0.0)
@@ -480,34 +519,22 @@ class DecodeMM:
                     index = Int32(0)
                     parity = parity ^ 1
                 codes = ring + slot * (self.block_rows * CODE_BYTES * config.stage_steps) + row * CODE_BYTES
-                scales = scale_ring + (slot * self.block_rows + row) * self.stage_scale_bytes + member * 2
+                scales = scale_ring + (slot * self.block_rows + row) * self.stage_scale_bytes + scale_offset
                 if cutlass.const_expr(config.stage_steps == 1):  # a stage that is there has its step
-                    columns_address = columns + stage * pitch
-                    if cutlass.const_expr(self.has_rolled_halves):
-                        for half in cutlass.range(2, unroll=1):
-                            self.multiply(decoder, accumulators, codes, scales, columns_address, lane_offset, half)
-                    else:
-                        for half in cutlass.range_constexpr(2):
-                            self.multiply(decoder, accumulators, codes, scales, columns_address, lane_offset, half)
+                    if cutlass.const_expr(self.is_copied and not self.is_scaled_up):
+                        arrived = self.await_step(arrivals, arrived, stage, steps)
+                    self.multiply_step(decoder, accumulators, codes, scales, columns + stage * pitch, lane_places)
                 else:
                     for in_stage in cutlass.range(first_in_stage, config.stage_steps, config.k_warps, unroll=1):
                         step = stage * config.stage_steps + in_stage
                         if step < steps:
-                            columns_address = columns + step * pitch
+                            if cutlass.const_expr(self.is_copied and not self.is_scaled_up):
+                                arrived = self.await_step(arrivals, arrived, step, steps)
                             step_codes = codes + in_stage * (self.block_rows * CODE_BYTES)
                             step_scales = scales + (in_stage ^ scale_turn) * SCALE_BYTES
-                            if cutlass.const_expr(self.has_rolled_halves):
-                                for half in cutlass.range(2, unroll=1):
-                                    self.multiply(
-                                        decoder, accumulators, step_codes, step_scales, columns_address, lane_offset,
-                                        half,
-                                    )  # fmt: skip
-                            else:
-                                for half in cutlass.range_constexpr(2):
-                                    self.multiply(
-                                        decoder, accumulators, step_codes, step_scales, columns_address, lane_offset,
-                                        half,
-                                    )  # fmt: skip
+                            self.multiply_step(
+                                decoder, accumulators, step_codes, step_scales, columns + step * pitch, lane_places
+                            )
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(barriers + MAX_STAGES + slot)
 
@@ -521,12 +548,15 @@ class DecodeMM:
             for n in cutlass.range_constexpr(self.token_tiles):
                 for tile_row in cutlass.range_constexpr(config.row_tiles):
                     for i in cutlass.range_constexpr(4):
+                        value = accumulators[i, n, tile_row]
+                        if cutlass.const_expr(self.is_scaled_up):
+                            value = multiply_f32(value, undo)
                         column = n * 8 + member * 2 + i % 2
                         if column < self.slots:
                             store_shared_f32(
                                 reduction
                                 + 4 * ((group * self.slots + column) * self.pitch + row + tile_row * 16 + i // 2 * 8),
-                                accumulators[i, n, tile_row],
+                                value,
                             )
             self.synchronise()
             if cutlass.const_expr(self.is_swiglu):
@@ -573,23 +603,39 @@ class DecodeMM:
         else:
             cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=self.threads)
 
-    def multiply(self, decoder, accumulators, codes, scales, columns_address, lane_offset, half):
-        """Half a step: 128 values of K of this warp's rows times all tokens."""
+    @cute.jit
+    def multiply_step(self, decoder, accumulators, codes, scales, columns, lane_places):
+        """256 values of K of this warp's rows times all tokens."""
+        if cutlass.const_expr(self.has_rolled_halves):
+            for half in cutlass.range(2, unroll=1):
+                self.multiply(decoder, accumulators, codes, scales, columns, lane_places, half)
+        else:
+            for half in cutlass.range_constexpr(2):
+                self.multiply(decoder, accumulators, codes, scales, columns, lane_places, half)
+
+    def multiply(self, decoder, accumulators, codes, scales, columns_address, lane_places, half):
+        """Half a step."""
         config = self.config
-        codes = codes + (lane_offset ^ (half * 64))
-        scales = scales + half * 8
-        columns_address = columns_address + half * (256 * self.slots)
+        lane_offset, scale_selector, token_bytes = lane_places
         words, scale_pairs = [], []
         for tile in range(2 * config.row_tiles):  # eight rows each
-            words.append(load_shared_v4(codes + tile * 8 * CODE_BYTES))
-            scale_pairs.append(load_shared_u16(scales + tile * 8 * SCALE_BYTES * config.stage_steps))
+            of_tile = codes + tile * 8 * CODE_BYTES
+            scales_of_tile = scales + tile * 8 * SCALE_BYTES * config.stage_steps + half * 8
+            if self.is_copied:
+                pairs = [load_shared_v2(of_tile + (lane_offset ^ (half * 64 + i * 32))) for i in range(2)]
+                words.append(pairs[0] + pairs[1])
+                scale_pairs.append(permute(*load_shared_v2(scales_of_tile), scale_selector))
+            else:
+                words.append(load_shared_v4(of_tile + (lane_offset ^ (half * 64))))
+                scale_pairs.append(load_shared_u16(scales_of_tile))
         if self.has_columns_per_member:
-            self.multiply_blocks(decoder, accumulators, words, scale_pairs, columns_address)
+            self.multiply_blocks(decoder, accumulators, words, scale_pairs, columns_address, half)
             return
         factors = [decode_two_scales(pair, self.dtype) for pair in scale_pairs]
         for j in range(4):
-            address = columns_address + j * (64 * self.slots)
-            columns = [load_shared_v4(address + n * 512) for n in range(self.token_tiles)]
+            address = columns_address + self.column_offset(half, j)
+            pitch = 8 * token_bytes if self.is_copied else 512
+            columns = [load_shared_v4(address + n * pitch) for n in range(self.token_tiles)]
             for tile in range(config.row_tiles):
                 low = self.scaled(decoder, words[2 * tile][j], factors[2 * tile][j // 2])
                 high = self.scaled(decoder, words[2 * tile + 1][j], factors[2 * tile + 1][j // 2])
@@ -599,11 +645,17 @@ class DecodeMM:
                     for i in range(4):
                         accumulators[i, n, tile] = c[i]
 
-    def multiply_blocks(self, decoder, accumulators, words, scale_pairs, columns_address):
+    def column_offset(self, half, word):
+        """Where the activations for a word of codes lie, in those of a step."""
+        if self.is_copied:
+            return half * (STEP_BYTES // 2) + word // 2 * 128 + word % 2 * 16
+        return (half * 256 + word * 64) * self.slots
+
+    def multiply_blocks(self, decoder, accumulators, words, scale_pairs, columns_address, half):
         """Half a step of one token: a sum for each of the lane's two blocks and rows, then times the block's scale."""
         scales = [two_scales_f32(pair) for pair in scale_pairs]
         for block in range(2):
-            columns = [load_shared_v4(columns_address + (2 * block + j) * 64) for j in range(2)]
+            columns = [load_shared_v4(columns_address + self.column_offset(half, 2 * block + j)) for j in range(2)]
             for tile in range(self.config.row_tiles):
                 sums = [Float32(0.0)] * 4
                 for j in range(2):
@@ -750,71 +802,6 @@ class DecodeMM:
     def scaled(self, decoder, word, factor):
         """A word of eight codes times their block scale, as four registers of two values."""
         return [multiply_pair(pair, factor, self.dtype) for pair in decoder.decode(word)]
-
-    @cute.jit
-    def fill(
-        self, x, x_scales, sorted_slots, top_k, activations, first_row, tokens, first_step, steps, k, thread, warp
-    ):
-        """Activations of this CTA's part of K to shared memory, in the order in which the weights decode.
-
-        A warp moves 1024 values of a token at a time, 32 a lane, with the loads of several such pieces under way before
-        the first is used.
-        """
-        config = self.config
-        lane = thread % 32
-        chunks = steps * (STEP_K // 32)
-        pieces = (chunks + 31) // 32  # of a token
-        total = tokens * pieces
-        batch = self.pieces_in_flight
-        words_per_chunk = 4 if config.activation == "packed" else 16
-        decoder = Decoder(self.dtype, cute.arch.grid_dim()[1])
-        loaded = cute.make_rmem_tensor((words_per_chunk, batch), Int32)
-        scales = cute.make_rmem_tensor((batch,), Int32)
-        for start in cutlass.range(warp, total, self.warps * batch, unroll=1):
-            for i in cutlass.range_constexpr(batch):
-                piece = start + i * self.warps
-                token = piece // pieces
-                chunk = piece % pieces * 32 + lane
-                if piece < total and chunk < chunks:
-                    source_row = first_row + token
-                    if cutlass.const_expr(config.has_gather):
-                        source_row = load_global_i32(sorted_slots.iterator.toint() + Int64(source_row) * 4) // top_k
-                    source = Int64(source_row) * k + (first_step * STEP_K + chunk * 32)
-                    if cutlass.const_expr(config.activation == "packed"):
-                        self.load_words(loaded, 0, i, x.iterator.toint() + source // 2)
-                        scales[i] = load_global_u16(x_scales.iterator.toint() + source // 16)
-                    else:
-                        for j in cutlass.range_constexpr(4):
-                            self.load_words(loaded, 4 * j, i, x.iterator.toint() + 2 * source + 16 * j)
-            for i in cutlass.range_constexpr(batch):
-                piece = start + i * self.warps
-                token = piece // pieces
-                chunk = piece % pieces * 32 + lane
-                if piece < total and chunk < chunks:
-                    target = activations + (chunk // 4) * (256 * self.slots) + (token * 4 + chunk % 4) * 16
-                    if cutlass.const_expr(config.activation == "packed"):
-                        factors = decode_two_scales(scales[i], self.dtype)
-                        for j in cutlass.range_constexpr(4):
-                            values = self.scaled(decoder, loaded[j, i], factors[j // 2])
-                            store_shared_v4(target + j * (64 * self.slots), *values)
-                    else:
-                        low, high = Int32(0x5410), Int32(0x7632)
-                        for j in cutlass.range_constexpr(4):
-                            words = [loaded[4 * j + word, i] for word in range(4)]
-                            if cutlass.const_expr(self.dtype == "f16"):
-                                words = [f16_of_bf16(word) for word in words]
-                            w0, w1, w2, w3 = words
-                            store_shared_v4(
-                                target + j * (64 * self.slots),
-                                permute(w0, w2, low),
-                                permute(w0, w2, high),
-                                permute(w1, w3, low),
-                                permute(w1, w3, high),
-                            )
-
-    def load_words(self, loaded, first, column, address):
-        for word, value in enumerate(load_global_v4(address)):
-            loaded[first + word, column] = value
 
 
 def build(config):

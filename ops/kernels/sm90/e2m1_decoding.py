@@ -2,10 +2,11 @@
 
 A code is a sign, two bits of exponent and one of mantissa. In f16 the three bits of its magnitude go to bits 11 to 9,
 in bf16 to bits 8 to 6: the lowest exponent bits and the highest mantissa bit, where 0.5 is a subnormal. So every code
-is exact, times 2^-14 in f16 and 2^-126 in bf16. The sign has to move further than the magnitude. It gets there by a
-carry: with the code in its place, ones are added from the sign's bit to the bit below the half's highest; a set sign
+is exact, times 2^-14 in f16 and 2^-126 in bf16. The sign has to move further than the magnitude. In f16 a carry takes
+it there: with the code in its place, ones are added from the sign's bit to the bit below the half's highest; a set sign
 carries through them to the highest bit, and what is left in between is masked away. A multiplication by a power of two
-places the code and adds the ones in one instruction, on another pipe than the masks.
+places the code and adds the ones in one instruction, on another pipe than the masks. In bf16 a permutation of bytes
+repeats the sign in the bits above a code.
 
 The functions take a ``machine`` that has the instructions: ``instructions.Decoder`` in kernels, NumPy in tests.
 """
@@ -14,7 +15,7 @@ MINUS_ONE = 0xFFFFFFFF
 SIGN = 0x80008000  # of both halves
 F16_MAGNITUDE, F16_CARRY, F16_LOWEST = 0x0E000E00, 0x70007000, 9
 BF16_SCALE_FACTOR = 0x77807780  # 2^112 twice: a bf16 code times a scale comes out as in f16, times 2^-14
-BF16_MAGNITUDE, BF16_CARRY, BF16_LOWEST = 0x01C001C0, 0x7E007E00, 6
+BF16_MAGNITUDE, BF16_LOWEST = 0x01C001C0, 6
 
 
 def decode_f16(machine, word):
@@ -32,14 +33,11 @@ def decode_f16(machine, word):
 
 
 def decode_bf16(machine, word):
-    """Eight codes to four registers of bf16: codes (0, 4), (1, 5), (2, 6), (3, 7)."""
-    # The carry takes six bits: one code a half at a time.
-    placed = [
-        machine.multiply_add(machine.mask(shifted, 0x000F000F << 4 * i), 1 << (BF16_LOWEST - 4 * i), BF16_CARRY)
-        for shifted in (word, machine.shift_right(word, 8))
-        for i in range(2)
-    ]
-    return tuple(machine.mask(pair, SIGN | BF16_MAGNITUDE) for pair in placed)
+    """Eight codes to four registers of bf16, as they lie: codes (0, 1), (2, 3), (4, 5), (6, 7)."""
+    # A byte's upper nibble with its sign in all bits above it; the word moved by four has the lower nibbles there.
+    lower = machine.shift_left(word, 4)
+    pairs = [machine.permute(lower, word, byte * 0x1111 + 0xC480) for byte in range(4)]
+    return tuple(machine.mask(machine.shift_left(pair, BF16_LOWEST - 4), SIGN | BF16_MAGNITUDE) for pair in pairs)
 
 
 def byte_selector(byte):
@@ -56,4 +54,4 @@ def decode_byte_of(machine, word, selector):
 
 DECODE = {"f16": decode_f16, "bf16": decode_bf16}
 # Those that decoding multiplies by.
-MULTIPLIERS = {"f16": (1 << 9, 1 << 5, 1 << 1, MINUS_ONE), "bf16": (1 << 6, 1 << 2)}
+MULTIPLIERS = {"f16": (1 << 9, 1 << 5, 1 << 1, MINUS_ONE), "bf16": ()}

@@ -32,6 +32,14 @@ def load_shared_v4(address, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def load_shared_v2(address, *, loc=None, ip=None):
+    """Two 32-bit words from an 8-byte aligned shared address."""
+    text = "ld.shared.v2.b32 {$0, $1}, [$2];"
+    words = asm(struct_of("i32", 2), _i32([address], loc, ip), text, "=r,=r,r", loc, ip, True)
+    return tuple(Int32(llvm.extractvalue(T.i32(), words, [i], loc=loc, ip=ip)) for i in range(2))
+
+
+@dsl_user_op
 def load_shared_u16(address, *, loc=None, ip=None):
     """Two bytes from an even shared address, zero-extended."""
     text = "{ .reg .b16 h; ld.shared.b16 h, [$1]; cvt.u32.u16 $0, h; }"
@@ -102,6 +110,18 @@ def load_global_f32(address, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def copy_to_shared(address, source, num_bytes, barrier, *, loc=None, ip=None):
+    """Begins a copy from global memory, all in units of 16 bytes; an mbarrier counts the bytes that have arrived."""
+    operands = [
+        Int32(address).ir_value(loc=loc, ip=ip),
+        Int64(source).ir_value(loc=loc, ip=ip),
+        *_i32([num_bytes, barrier], loc, ip),
+    ]
+    text = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
+    asm(None, operands, text, "r,l,r,r", loc, ip, True)
+
+
+@dsl_user_op
 def multiply_pair(a, b, dtype, *, loc=None, ip=None):
     """Two products of ``dtype`` (``f16`` or ``bf16``), each rounded to nearest even; subnormals are kept."""
     return Int32(asm(T.i32(), _i32([a, b], loc, ip), f"mul.rn.{dtype}x2 $0, $1, $2;", "=r,r,r", loc, ip))
@@ -117,6 +137,12 @@ def permute(a, b, selector, *, loc=None, ip=None):
 def shift_right(a, bits, *, loc=None, ip=None):
     """Logical shift of a 32-bit word."""
     return Int32(asm(T.i32(), _i32([a, bits], loc, ip), "shr.u32 $0, $1, $2;", "=r,r,r", loc, ip))
+
+
+@dsl_user_op
+def shift_left(a, bits, *, loc=None, ip=None):
+    """Shift of a 32-bit word."""
+    return Int32(asm(T.i32(), _i32([a, bits], loc, ip), "shl.b32 $0, $1, $2;", "=r,r,r", loc, ip))
 
 
 @dsl_user_op
@@ -171,7 +197,7 @@ class Decoder:
         }
 
     def decode(self, word):
-        """Eight codes of a word to four registers of two: codes (0, 4), (1, 5), (2, 6), (3, 7).
+        """Eight codes of a word to four registers: (0, 4) (1, 5) (2, 6) (3, 7) in ``f16``, in ``bf16`` as they lie.
 
         Every code is exact, times 2^-14 in ``f16`` and 2^-126 in ``bf16``.
         """
@@ -188,6 +214,14 @@ class Decoder:
     def subtract(self, a, b):
         """``a - b``, by a multiplication too."""
         return _multiply_subtract(b, self.multipliers[e2m1_decoding.MINUS_ONE], a)
+
+    def permute(self, a, b, selector):
+        """Four bytes picked from the eight of (b, a); the upper half of the selector's nibbles: their signs."""
+        return permute(a, b, selector)
+
+    def shift_left(self, word, bits):
+        """``word`` shifted left by a constant."""
+        return shift_left(word, bits)
 
     def shift_right(self, word, bits):
         """``word`` shifted right by a constant."""

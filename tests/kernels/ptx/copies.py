@@ -1,7 +1,8 @@
-"""Bulk copies by a tensor map."""
+"""Bulk copies from global to shared memory, of tiles by a tensor map and of contiguous bytes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,8 @@ def _cp(b: Builder) -> Step:
     if b.parts[1:3] == ["async", "bulk"] and b.parts[3] == "prefetch":
         return lambda w, m: None
     to_shared = b.has("shared::cta", "shared::cluster") and b.has("mbarrier::complete_tx::bytes")
+    if b.parts[1:3] == ["async", "bulk"] and b.parts[4:] == ["global", "mbarrier::complete_tx::bytes"] and to_shared:
+        return _copy_bytes(b)
     if b.parts[1:4] != ["async", "bulk", "tensor"] or not to_shared or b.has("im2col", "gather4", "im2col_no_offs"):
         raise b.missing()
     target = b.address(b.operands[0])
@@ -98,7 +101,7 @@ def _cp(b: Builder) -> Step:
 def _copy_tile(
     w: Warp, tensor: TensorMap, at: list[int], ctas: list[tuple[Cta, Cta]], place_: int, signal: int
 ) -> None:
-    machine, draw = w.machine, w.machine.random
+    machine = w.machine
     inner = tensor.box[0] * tensor.element_bytes
     size = inner * int(np.prod(tensor.box[1:], dtype=int))
     alignment = 128 if tensor.swizzle == 0 else 8 * tensor.swizzle
@@ -112,6 +115,39 @@ def _copy_tile(
     index = ((chunks - SHARED_BASE)[:, None] + np.arange(16)).reshape(-1)
     if int(index.max()) >= machine.shared_end - SHARED_BASE or int(index.min()) < 0:
         raise PtxError(f"a swizzled copy of {size} bytes to shared address {place_} leaves the shared memory")
+    _begin(w, ctas, place_, signal, index, lambda: tile(machine, tensor, at))
+
+
+def _copy_bytes(b: Builder) -> Step:
+    target, source, barrier = (b.address(b.operands[i]) for i in (0, 1, 3))
+    size_of = b.read(b.operands[2], "u32")
+
+    def copy(w: Warp, m: Any) -> None:
+        machine = w.machine
+        for lane in np.flatnonzero(active(w, m)).tolist():
+            size, start = int(size_of(w.R)[lane]), int(source(w.R)[lane])
+            owner, place_ = at_shared(w, int(target(w.R)[lane]), "shared")
+            signalled, signal = at_shared(w, int(barrier(w.R)[lane]), "shared")
+            if size % 16 or start % 16 or place_ % 16 or not size:
+                raise PtxError(f"a copy of {size} bytes from {start:#x} to shared address {place_}: not in units of 16")
+            if place_ + size > machine.shared_end:
+                raise PtxError(f"a copy of {size} bytes to shared address {place_} of {machine.shared_end}")
+            index = np.arange(place_ - SHARED_BASE, place_ - SHARED_BASE + size)
+            machine.memory.bytes(start, size)  # may be read
+
+            def content(start: int = start, size: int = size) -> Array:
+                return machine.memory.bytes(start, size).copy()
+
+            _begin(w, [(owner, signalled)], place_, signal, index, content)
+
+    return copy
+
+
+def _begin(
+    w: Warp, ctas: list[tuple[Cta, Cta]], place_: int, signal: int, index: Array, content: Callable[[], Array]
+) -> None:
+    """Begins a copy that completes at any time: until then the bytes are 0xFF."""
+    size = len(index)
     for owner, signalled in ctas:
         signalled.mbarrier(signal)
         if any(place_ - 8 < barrier < place_ + size for barrier in owner.mbarriers):
@@ -119,12 +155,12 @@ def _copy_tile(
         owner.shared[index] = 0xFF
 
         def complete(owner: Cta = owner, signalled: Cta = signalled) -> None:
-            owner.shared[index] = tile(machine, tensor, at)
+            owner.shared[index] = content()
             state = signalled.mbarrier(signal)
             state.transactions -= size
             state.settle()
 
-        if draw.random() < 0.3:
+        if w.machine.random.random() < 0.3:
             complete()
         else:
             w.cta.cluster.copies.append(complete)
