@@ -57,7 +57,8 @@ def requantize(
     """
     rows, k = h.shape
     out_dtype = torch.float16 if is_interleaved else torch.bfloat16
-    scaled = h.new_empty(h.shape, dtype=out_dtype) if scaled is None else scaled.view(out_dtype)
+    scaled = h.new_empty(h.shape, dtype=out_dtype) if scaled is None else scaled
+    scaled = scaled if scaled.dtype == out_dtype else scaled.view(out_dtype)
     global_scale = h.new_empty(rows if granularity == "token" else 1, dtype=torch.float32)
     if granularity == "token":
         ctas = min(sm_count(h) * ROW_CTAS_PER_SM, rows)

@@ -97,7 +97,7 @@ def test_tiles_outside() -> None:
             config = decode_mm.choose_grouped(decode_mm.GROUPED_FEW, 256, False, False, False, torch.float32)
             decode_mm.grouped_decode_mm(config, x, None, scale[:1], codes, scales, scale.view(2, 1), schedule, out)
         else:
-            grouped_wgmma.grouped_wgmma(x, None, codes, scales, scale, schedule, tile_rows, out)
+            grouped_wgmma.grouped_wgmma(x.half(), None, codes, scales, scale, schedule, tile_rows, out)
 
     for tile_rows in (8, 16):
         with emulated_hopper():
