@@ -41,8 +41,8 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatabl
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # More threads than cores, of processes side by side, wait for each other: tests took 50 times as long. OMP_NUM_THREADS
-    # holds where the processes are not xdist's.
+    # OMP_NUM_THREADS holds where several processes run side by side that xdist did not start: threads that outnumber the
+    # cores spin while they wait for each other.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, (os.cpu_count() or 1) // NUM_WORKERS))
     if hasattr(config, "workerinput"):
         return  # an xdist worker: the environment set below came with it
