@@ -41,7 +41,10 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatabl
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // NUM_WORKERS))
+    # OMP_NUM_THREADS holds, for processes side by side that xdist did not start: threads that outnumber the cores spin while
+    # they wait for each other. The reference of 60 x 4096 in eight processes on two cores: 0.1 s with one thread each, 4 s
+    # with two.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, (os.cpu_count() or 1) // NUM_WORKERS))
     if hasattr(config, "workerinput"):
         return  # an xdist worker: the environment set below came with it
     if os.environ.get("EXPECTTEST_ACCEPT"):

@@ -21,6 +21,7 @@ from torch import Tensor
 from dsv4_compile import nvfp4
 from dsv4_compile.cli import model_on_meta
 from dsv4_compile.demo import CONTEXT, demo_model
+from dsv4_compile.ops.dispatch import quantizer
 from dsv4_compile.ops.kernels import cache
 from dsv4_compile.ops.registration import CUDA_IMPLEMENTATIONS
 from dsv4_compile.tuning import kernels_of_variant, questions_of
@@ -28,11 +29,20 @@ from dsv4_compile.warming import Kernel, compile_all, kernels_of, model_calls
 from tests import test_tuning
 from tests.integration import test_gpu_model
 from tests.kernels import test_sm90_decode, test_sm90_moe, test_sm90_quantizers, test_sm90_wgmma
-from tests.ops import test_nvfp4_grouped_mm_gpu, test_nvfp4_mm_gpu, test_nvfp4_moe_gpu
+from tests.ops import (
+    test_nvfp4_grouped_mm_gpu,
+    test_nvfp4_mm_gpu,
+    test_nvfp4_moe_gpu,
+    test_quantize_nvfp4,
+    test_rms_norm_quantize_nvfp4,
+    test_swiglu_quantize_nvfp4,
+    test_topk_router,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BENCHMARK_TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 BENCHMARK_SHAPES = ((4096, 4096), (32768, 1024), (7168, 16384))
+QUANTIZER_SHAPES = ((1, 4096), (16, 4096), (64, 4096), (256, 4096), (1024, 4096), (16384, 4096), (16384, 7168))
 dsv4 = torch.ops.dsv4
 
 
@@ -69,33 +79,59 @@ def product_calls() -> Iterator[tuple[Any, ...]]:
             yield dsv4.nvfp4_weight_mm.default, meta(tokens, k, dtype=torch.bfloat16), *weights, bias, out_dtype
 
 
-def reduction_calls() -> Iterator[tuple[Any, ...]]:
-    """Quantisers, router and dequantisation over dtypes, granularities and sizes."""
-    sizes = [
-        (rows, k)
-        for rows in (1, 3, 8, 20, 60, 130, 300, 700, 1100, 5000, 20000)
-        for k in (16, 64, 512, 2048, 4096, 7168)
+def quantizer_calls() -> Iterator[tuple[Any, ...]]:
+    """Quantisers at the shapes of their tests and benchmarks; ``quantize_nvfp4``, whose tests draw shapes, in every schedule."""
+    bf16, _, fp32 = DTYPES
+    plain = [(shape, bf16) for shape in test_quantize_nvfp4.GPU_SHAPES]
+    for shape in test_quantize_nvfp4.GPU_SHAPES_OF_OTHER_DTYPES:
+        plain += [(shape, dtype) for dtype in DTYPES]
+    plain += [(tuple(x.shape), x.dtype) for x in test_quantize_nvfp4.layouts().values()]
+    plain += [((tokens, k), bf16) for _, k in BENCHMARK_SHAPES for tokens in BENCHMARK_TOKENS]
+    for row_blocks, threads, _ in quantizer.ROW_SHAPES:
+        at_once = quantizer.CTA_THREADS // threads
+        plain += [((rows, 16 * row_blocks), bf16) for rows in (1, at_once + 1, 8 * at_once + 1)]
+    gated = [(shape, bf16) for shape in (*test_swiglu_quantize_nvfp4.GPU_SHAPES, *QUANTIZER_SHAPES)]
+    gated += [(shape, dtype) for shape in ((300, 256), (4096, 16)) for dtype in DTYPES]
+    gated += [((rows, 64), fp32) for rows in (1, 5, 30)]
+    normed = [
+        (shape, bf16, w)
+        for shape in test_rms_norm_quantize_nvfp4.GPU_SHAPES
+        for w in test_rms_norm_quantize_nvfp4.GPU_WEIGHTS
     ]
-    for (rows, k), dtype, granularity in itertools.product(sizes, DTYPES, nvfp4.GRANULARITIES):
-        x = meta(rows, k, dtype=dtype)
-        yield dsv4.quantize_nvfp4.default, x, granularity
-        yield dsv4.swiglu_quantize_nvfp4.default, x, x, 10.0, granularity
-        for norm_weight in (None, *(meta(k, dtype=weight_dtype) for weight_dtype in DTYPES)):
-            yield dsv4.rms_norm_quantize_nvfp4.default, x, norm_weight, 1e-6, granularity
-            yield dsv4.rms_norm_quantize_nvfp4.with_norm, x, norm_weight, 1e-6, granularity
+    normed += [(shape, bf16, fp32) for shape in QUANTIZER_SHAPES]
+    normed += [((rows, 4096), dtype, fp32) for rows in (2, 300) for dtype in DTYPES[1:]]
+    normed += [((rows, 64), fp32, fp32) for rows in (1, 5, 15)]
+    for granularity in nvfp4.GRANULARITIES:
+        for shape, dtype in plain:
+            yield dsv4.quantize_nvfp4.default, meta(*shape, dtype=dtype), granularity
+        for shape, dtype in gated:
+            yield dsv4.swiglu_quantize_nvfp4.default, *[meta(*shape, dtype=dtype)] * 2, 10.0, granularity
+        for shape, dtype, weight_dtype in normed:
+            norm_weight = None if weight_dtype is None else meta(shape[-1], dtype=weight_dtype)
+            yield dsv4.rms_norm_quantize_nvfp4.default, meta(*shape, dtype=dtype), norm_weight, 1e-6, granularity
+            yield dsv4.rms_norm_quantize_nvfp4.with_norm, meta(*shape, dtype=dtype), norm_weight, 1e-6, granularity
+    yield dsv4.rms_norm_quantize_nvfp4.with_norm, meta(8192, 256, dtype=fp32), None, 1e-6, "token"
+
+
+def other_calls() -> Iterator[tuple[Any, ...]]:
+    """Router and dequantisation, as their tests call them."""
+
+    def route(experts: int, dtype: torch.dtype, function: str, bias: Any = None, *table: Tensor) -> tuple[Any, ...]:
+        given = None if bias is None else meta(experts, dtype=bias)
+        return (
+            dsv4.topk_router.default, meta(33, experts, dtype=dtype), given, *(table or (None, None)), 1, function, "sum", 1e-20, 1.0,
+        )  # fmt: skip
+
+    for experts, function in itertools.product((1, *test_topk_router.GPU_EXPERTS), test_topk_router.SCORE_FUNCTIONS):
+        for bias in (None, torch.float32):
+            yield route(experts, torch.float32, function, bias)
+    for experts, dtype in itertools.product((31, 64), DTYPES):
+        yield route(experts, dtype, "sqrtsoftplus", dtype)
+        for table_dtype, id_dtype in ((torch.int32, torch.int64), (torch.int64, torch.int32)):
+            yield route(experts, dtype, "sqrtsoftplus", None, meta(50, 1, dtype=table_dtype), meta(33, dtype=id_dtype))
+    codes, scales, scale = (part[0] for part in weight(64, 256))
     for dtype in DTYPES:
-        codes, scales, scale = (part[0] for part in weight(64, 256))
         yield dsv4.dequantize_nvfp4.default, codes, scales, scale, dtype
-        for experts, function in itertools.product(
-            (6, 64, 100, 256, 384, 700, 1024, 2048), ("sqrtsoftplus", "softmax", "sigmoid")
-        ):
-            logits = meta(33, experts, dtype=dtype)
-            table, tokens = meta(50, 4, dtype=torch.int64), meta(33, dtype=torch.int64)
-            for bias in (None, *(meta(experts, dtype=bias_dtype) for bias_dtype in DTYPES)):
-                yield dsv4.topk_router.default, logits, bias, None, None, 4, function, "sum", 1e-20, 1.5
-            for table_dtype, token_dtype in itertools.product((torch.int32, torch.int64), repeat=2):
-                given = table.to(table_dtype), tokens.to(token_dtype)
-                yield dsv4.topk_router.default, logits, None, *given, 4, function, "sum", 1e-20, 1.5
 
 
 def recorded(calls: Iterator[tuple[Any, ...]]) -> list[Kernel]:
@@ -139,7 +175,14 @@ def all_kernels() -> list[Kernel]:
     ]
     return list(
         dict.fromkeys(
-            [*listed, *recorded(product_calls()), *recorded(reduction_calls()), *tuned_kernels(), *model_kernels()]
+            [
+                *listed,
+                *recorded(product_calls()),
+                *recorded(quantizer_calls()),
+                *recorded(other_calls()),
+                *tuned_kernels(),
+                *model_kernels(),
+            ]
         )
     )
 

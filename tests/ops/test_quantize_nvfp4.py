@@ -142,6 +142,7 @@ def check_on_gpu(x: Tensor, granularity: str) -> None:
 
 # One launch in one CTA, in a cluster with one, two and four rows a thread, two launches; a row in 64 to 512 threads.
 GPU_SHAPES = ((3, 4096), (30, 4096), (60, 4096), (100, 4096), (300, 4096), (70, 7168), (5, 1040), (9, 48), (2, 12288))
+GPU_SHAPES_OF_OTHER_DTYPES = ((3, 4096), (60, 2048), (300, 4096))
 
 
 @pytest.mark.gpu
@@ -159,7 +160,7 @@ def test_gpu_matches_the_cpu(shape: tuple[int, int], style: str, granularity: st
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_gpu_matches_the_cpu_in_other_dtypes(dtype: torch.dtype, style: str, granularity: str) -> None:
     """Guards against NaN, maxima and signs found by the bit patterns of another dtype."""
-    for shape in ((3, 4096), (60, 2048), (300, 4096)):
+    for shape in GPU_SHAPES_OF_OTHER_DTYPES:
         check_on_gpu(gpu.values(shape, dtype, style), granularity)
 
 

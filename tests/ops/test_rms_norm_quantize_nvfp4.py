@@ -209,10 +209,14 @@ def check_on_gpu(x: Tensor, weight: Tensor | None, granularity: str, eps: float 
         oracle.assert_same_bits(part, value)
 
 
+GPU_SHAPES = ((2, 4096), (30, 4096), (60, 4096), (300, 4096), (50, 7168), (6, 1040))
+GPU_WEIGHTS = (None, torch.bfloat16, torch.float32)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("weight_dtype", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("weight_dtype", GPU_WEIGHTS)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("shape", [(2, 4096), (30, 4096), (60, 4096), (300, 4096), (50, 7168), (6, 1040)], ids=str)
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
 def test_gpu_matches_the_cpu(shape: tuple[int, int], granularity: str, weight_dtype: torch.dtype | None) -> None:
     """Guards against one different bit for any value, in any schedule."""
     weight = None if weight_dtype is None else (torch.rand(shape[1]) + 0.5).to(weight_dtype)

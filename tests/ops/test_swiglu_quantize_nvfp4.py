@@ -158,11 +158,14 @@ def check_on_gpu(gate: Tensor, up: Tensor, limit: float, granularity: str) -> No
         oracle.assert_same_bits(part, value)
 
 
+GPU_SHAPES = ((2, 2048), (40, 2048), (60, 2048), (400, 2048), (3, 48))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("limit", [10.0, INF])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("style", gpu.STYLES)
-@pytest.mark.parametrize("shape", [(2, 2048), (40, 2048), (60, 2048), (400, 2048), (3, 48)], ids=str)
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
 def test_gpu_matches_the_cpu(shape: tuple[int, int], style: str, granularity: str, limit: float) -> None:
     """Guards against one different bit of exp, of a quotient or of a clamp, in any schedule; halves of one tensor."""
     merged = gpu.values((shape[0], 2 * shape[1]), torch.bfloat16, style)

@@ -286,10 +286,13 @@ def check_on_gpu(*args: object) -> None:
         oracle.assert_same_bits(part, value)
 
 
+GPU_EXPERTS = (7, 64, 256, 384, 1024)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
-@pytest.mark.parametrize("experts", [7, 64, 256, 384, 1024])
+@pytest.mark.parametrize("experts", GPU_EXPERTS)
 def test_gpu_matches_the_cpu(experts: int, score_function: str, normalization: str) -> None:
     """Guards against one different bit of a score, a tie broken another way, and NaN that is not the largest."""
     logits = torch.randn(301, experts) * 4
