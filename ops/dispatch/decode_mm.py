@@ -27,14 +27,14 @@ TOKEN_SLOTS = (1, 2, 4, 8, 16, 24, 32)
 # of those tried on an H100 at 1, 8, 16 and 32 tokens (docs/measured.md). The last one of each needs the least shared
 # memory beside the activations. More than 16 tokens have eight warps: registers for four tiles of tokens.
 BLOCK_SHAPES = {
-    8: ((1, 1, 16, 1), (2, 1, 8, 1), (1, 4, 4, 2), (2, 4, 4, 1), (2, 8, 2, 1), (1, 16, 1, 1)),
-    16: ((1, 1, 16, 1), (1, 2, 8, 1), (1, 4, 4, 2), (2, 4, 4, 1), (2, 8, 2, 1), (1, 16, 1, 1)),
+    8: ((1, 1, 16, 1), (1, 2, 8, 1), (2, 2, 4, 2), (2, 4, 4, 1), (2, 8, 1, 1)),
+    16: ((1, 1, 16, 1), (1, 2, 8, 1), (1, 4, 4, 2), (2, 4, 4, 1), (2, 8, 1, 1)),
     32: ((1, 1, 8, 1), (2, 1, 8, 1), (2, 2, 4, 2), (2, 4, 2, 1), (2, 8, 1, 1)),
 }
 # Blocks of clusters for 5 to 16 tokens: small ones of any, large ones of at least four CTAs.
 CLUSTER_TOKENS = range(5, 17)
 SMALL_CLUSTER_ROWS = 64
-LARGE_CLUSTER_BLOCKS = ((1, 15, 1, 1), (1, 16, 1, 1))
+LARGE_CLUSTER_BLOCKS = ((1, 16, 1, 1),)
 LARGE_CLUSTER_SPLITS = 4
 LARGEST_BLOCK_ROWS = 256
 FEW_WARPS_TOKENS, MANY_TOKENS_WARPS = 16, 8  # most warps of more tokens

@@ -1,9 +1,10 @@
 """``interleave``: activations in the order of K in which ``wgmma_w4`` decodes its weights.
 
 A lane of a tensor-core instruction holds two neighbours of every eight values of K. For a lane's values to be whole
-words of codes, those of a weight stay where they are and the activation moves: of each 128 values of K, the one at
-``32 t + 8 w + 4 b + i`` goes to ``32 w + 8 i + 2 t + b`` (t, w, i below 4, b below 2). Lane t of a quad then has the 32
-codes from ``32 t`` on, in pairs as a word of eight decodes: (0, 4), (1, 5), (2, 6), (3, 7).
+words of codes, those of a weight stay where they are and the activation moves: of each 128 values of K, word w of lane
+t (t, w below 4) begins at ``32 t + 8 w``, and its pair i (below 4) goes to ``32 w + 8 i + 2 t``. Lane t of a quad then
+has the 32 codes from ``32 t`` on, in pairs as a word of eight decodes: to f16 (0, 4), (1, 5), (2, 6), (3, 7), to bf16
+(0, 1), (2, 3), (4, 5), (6, 7).
 """
 
 from __future__ import annotations
@@ -40,9 +41,12 @@ class InterleaveConfig:
     pdl: bool = True
 
 
-def in_order(x: Tensor) -> Tensor:
+def in_order(x: Tensor, is_packed: bool) -> Tensor:
     """[..., K] in the order of :func:`interleave`, by torch."""
-    return x.unflatten(-1, (-1, 4, 4, 2, 4)).permute(*range(x.dim() - 1), -5, -3, -1, -4, -2).flatten(-5)
+    lead = range(x.dim() - 1)
+    if is_packed:  # chunks, t, w, b, i
+        return x.unflatten(-1, (-1, 4, 4, 2, 4)).permute(*lead, -5, -3, -1, -4, -2).flatten(-5)
+    return x.unflatten(-1, (-1, 4, 4, 4, 2)).permute(*lead, -5, -3, -2, -4, -1).flatten(-5)
 
 
 def interleave(x: Tensor, block_scales: Tensor | None, rows: Tensor | None = None, divisor: int = 1) -> Tensor:

@@ -24,7 +24,8 @@ from dsv4_compile.ops.kernels.device import require_hopper, sm_count
 
 OP = "nvfp4_moe"
 UNALIGNED_TILE_ROWS = 64
-DECODE_AVERAGE_ROWS = 4  # of an expert that is hit: 1.9 are faster on the decode kernel, 6 on the other (measured)
+# Of an expert that is hit: 1.9 are faster on the decode kernel, 6 on the other (measured).
+DECODE_AVERAGE_ROWS = 4
 TUNED_DECODE_AVERAGE_ROWS = 32  # up to which tuning tries it
 
 
@@ -191,7 +192,13 @@ def _question(
     return tuning.Question(key, {plan.name: plan for plan in plans}, plans[0].name)
 
 
-def grouped_plans(rows: int, experts: int, tile_rows: int, fits: Callable[[Plan], bool] | None) -> list[Plan]:
+def grouped_plans(
+    rows: int,
+    experts: int,
+    tile_rows: int,
+    fits: Callable[[Plan], bool] | None,
+    decode_average_rows: int = DECODE_AVERAGE_ROWS,
+) -> list[Plan]:
     """Plans among which the fastest may be, the table's choice first.
 
     Args:
@@ -199,6 +206,7 @@ def grouped_plans(rows: int, experts: int, tile_rows: int, fits: Callable[[Plan]
         experts: of which each row takes one.
         tile_rows: of the decode kernel's tiles.
         fits: whether the decode kernel runs a plan; None where it cannot read the weights.
+        decode_average_rows: of a group that is hit, up to which the decode kernel is the table's choice.
     """
     hit = max(1, min(rows, experts))
     wgmma = [Plan("wgmma", tile_rows_of(rows, experts))]
@@ -208,7 +216,7 @@ def grouped_plans(rows: int, experts: int, tile_rows: int, fits: Callable[[Plan]
     first = decode_mm.grouped_block(rows)
     blocks = [first, *(block for block in decode_mm.GROUPED_BLOCKS if block != first)]
     decode = [plan for block in blocks if fits(plan := Plan("decode", tile_rows, block))]
-    is_decode = rows <= DECODE_AVERAGE_ROWS * hit and decode and decode[0].block == first
+    is_decode = rows <= decode_average_rows * hit and decode and decode[0].block == first
     return [*decode, *wgmma] if is_decode else [*wgmma, *decode]
 
 

@@ -285,7 +285,7 @@ def _wgmma_rows(config: WgmmaConfig, x: Tensor) -> Tensor:
     if not config.is_interleaved:
         return x
     result = torch.empty_like(x)
-    result[:, in_order(torch.arange(x.shape[1]))] = x
+    result[:, in_order(torch.arange(x.shape[1]), config.activation == "f16")] = x
     return result
 
 
@@ -433,7 +433,7 @@ def _interleave(
     if config.is_packed:
         assert scales.shape == (x.shape[0], out.shape[1] // 16)
         value = nvfp4.scaled_codes(value, _e4m3(scales)[source], torch.float16)
-    out[kept] = in_order(value)
+    out[kept] = in_order(value, config.is_packed)
 
 
 def _expand_groups(
@@ -451,7 +451,7 @@ def _expand_groups(
     group = _quotient(flat_row, group_multiplier, group_shift)
     row = flat_row - group * rows
     value = nvfp4.scaled_codes(codes[group, row], scales[group, row], out.dtype)
-    out[flat_row] = in_order(value) if config.is_interleaved else value
+    out[flat_row] = in_order(value, True) if config.is_interleaved else value
     tiles = groups * tiles_of_group
     schedule[0] = torch.tensor([tiles, groups * rows, 0, 0], dtype=torch.int32)
     for tile in range(tiles):
@@ -553,7 +553,7 @@ def _requantize(
         global_scales[0] = scale
     codes, block_scales = nvfp4.quantize_with_global_scale(x, per_block)
     value = nvfp4.scaled_codes(codes, block_scales, scaled.dtype)
-    scaled[:rows] = in_order(value) if config.is_interleaved else value
+    scaled[:rows] = in_order(value, True) if config.is_interleaved else value
 
 
 # Quantisers

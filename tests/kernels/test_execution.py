@@ -91,6 +91,16 @@ def test_magnitudes_of_one_bf16_token(exponent: int) -> None:
         assert_code_agrees(ops.nvfp4_weight_mm.default, torch.zeros_like(x), *weights, None, torch.float32)
 
 
+@pytest.mark.parametrize("tokens", [40, 70])
+def test_many_tokens_with_bf16_activations(tokens: int) -> None:
+    """Guards against an order of K, interleaved for few tokens, that is not the one in which codes decode to bf16."""
+    _, weights = dense_operands(3, [72], 512)
+    executed = assert_code_agrees(
+        ops.nvfp4_weight_mm.default, torch.randn(tokens, 512).bfloat16(), *weights, None, torch.bfloat16
+    )
+    assert executed == (["sm90.interleave", "sm90.wgmma_w4"] if tokens == 40 else ["sm90.wgmma_w4"])
+
+
 def test_a_cluster_that_shares_k(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against sums of CTAs that arrive late or twice: shared memory of other CTAs, cluster barriers."""
     monkeypatch.setattr(decode_mm, "SPLITS", (2,))

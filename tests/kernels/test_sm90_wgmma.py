@@ -110,7 +110,7 @@ def run_dense(config: Config, tokens: int, rows: Sequence[int], k: int) -> None:
     global_scales = [(torch.rand(1 if n % 3 else n // 8, device="cuda") + 0.5) * size for n in rows]
     x = torch.randn(tokens, k, device="cuda").to(ACTIVATION_DTYPES[config.activation])
     apart = torch.full((tokens, 2 * k), torch.nan, device="cuda", dtype=x.dtype)[:, :k]  # rows that do not touch
-    apart.copy_(in_order(x) if config.is_interleaved else x)
+    apart.copy_(in_order(x, config.activation == "f16") if config.is_interleaved else x)
     row_scale = torch.rand(tokens if tokens % 2 else 1, device="cuda") + 0.5 if config.has_row_scale else None
     bias = torch.randn(sum(rows), device="cuda") if config.has_bias else None
     outs = []
@@ -182,7 +182,7 @@ def test_one_hot(config: Config) -> None:
         x = torch.zeros(64, k, device="cuda", dtype=ACTIVATION_DTYPES[config.activation])
         x[torch.arange(64), torch.arange(64) + start] = 1
         out = torch.empty(64, n, device="cuda", dtype=TORCH_DTYPES[config.out_dtype])
-        given = in_order(x).contiguous() if config.is_interleaved else x
+        given = in_order(x, config.activation == "f16").contiguous() if config.is_interleaved else x
         launch_dense(config, given, one, [codes], [block_scales], [one], None, out)
         assert torch.equal(out.double(), w[:, start : start + 64].T)
 
@@ -206,7 +206,7 @@ def test_non_finite(tokens: int, activation: Any, is_interleaved: bool) -> None:
             block_scales.view(torch.uint8)[77, 30] = 0x7F
             x[5, 100], x[9, 3], x[11, 511] = torch.nan, torch.inf, -torch.inf
         out = torch.empty(tokens, 384, device="cuda")
-        given = in_order(x).contiguous() if is_interleaved else x
+        given = in_order(x, activation == "f16").contiguous() if is_interleaved else x
         launch_dense(config, given, one, [codes], [block_scales], [one], None, out)
         outs.append(out)
     before, after = outs
@@ -238,7 +238,7 @@ def run_grouped(config: Config, counts: Sequence[int], n: int, k: int, limit: fl
     global_scale = (torch.rand(experts, 2, device="cuda") + 0.5) * size
     x = torch.randn(rows + 3, k, device="cuda").half()
     x[rows:] = torch.nan  # rows of no group
-    interleaved = in_order(x).contiguous()
+    interleaved = in_order(x, True).contiguous()
     row_scale = torch.rand(rows + 3, device="cuda") + 0.5 if config.has_row_scale else None
     row_weight = torch.rand(rows + 3, device="cuda") if config.has_row_weight else None
     outs = []

@@ -10,7 +10,7 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from dsv4_compile.ops.dispatch.interleave import CHUNK, PIECE_ELEMENTS, THREADS, UNROLL, InterleaveConfig
 from dsv4_compile.ops.kernels.sm90 import numerics
-from dsv4_compile.ops.kernels.sm90.interleaving import exchange, expanded_pairs, pairs_of, place_of
+from dsv4_compile.ops.kernels.sm90.interleaving import exchange, expanded_pairs, place_of
 
 
 @cute.kernel
@@ -63,7 +63,7 @@ def interleave_kernel(
         if cutlass.const_expr(config.is_packed):
             pairs = expanded_pairs(words[0, i], scale_bytes[i], cute.arch.grid_dim()[1])
         else:
-            pairs = pairs_of([words[word, i] for word in range(4)])
+            pairs = [words[word, i] for word in range(4)]
         values = exchange(pairs)
         if sources[i] >= 0:  # the same for 16 lanes
             numerics.store_words(out_at + Int64(place_of(first + i * THREADS)) * (2 * PIECE_ELEMENTS), values)

@@ -1,12 +1,12 @@
 """Words of an activation in the order of K of ``wgmma_w4``: see ``ops/dispatch/interleave.py``.
 
-A lane has a word of eight codes, or eight values, as four pairs of 16 bits: (0, 4), (1, 5), (2, 6), (3, 7). Sixteen
-lanes have 128 of K, lane ``4 t + w`` word w of t.
+A lane has a word of eight codes, or eight values, as four pairs of 16 bits. Sixteen lanes have 128 of K, lane
+``4 t + w`` word w of t.
 """
 
 from cutlass import Int32, Uint32, cute
 
-from dsv4_compile.ops.kernels.sm90.instructions import Decoder, convert_two_e4m3, multiply_pair, permute, repeat_half
+from dsv4_compile.ops.kernels.sm90.instructions import Decoder, convert_two_e4m3, multiply_pair, repeat_half
 from dsv4_compile.ops.kernels.sm90.numerics import select
 
 F16_EXPONENT = 0x74007400  # 2^14 twice: what decoded codes lack
@@ -18,13 +18,6 @@ def expanded_pairs(word, scale_byte, one):
     exponent = Int32(F16_EXPONENT)
     pairs = Decoder("f16", one).decode(Int32(word))
     return [Uint32(multiply_pair(multiply_pair(pair, exponent, "f16"), scale, "f16")) for pair in pairs]
-
-
-def pairs_of(words):
-    """The pairs of eight values of 16 bits in four words."""
-    low, high = Int32(0x5410), Int32(0x7632)
-    w0, w1, w2, w3 = (Int32(word) for word in words)
-    return [Uint32(permute(a, b, half)) for a, b in ((w0, w2), (w1, w3)) for half in (low, high)]
 
 
 def exchange(pairs):
