@@ -22,6 +22,9 @@ from dsv4_compile import nvfp4
 from dsv4_compile.cli import model_on_meta
 from dsv4_compile.demo import CONTEXT, demo_model
 from dsv4_compile.ops.dispatch import quantizer
+from dsv4_compile.ops.dispatch.interleave import InterleaveConfig
+from dsv4_compile.ops.dispatch.moe_combine import DTYPE_NAMES
+from dsv4_compile.ops.dispatch.moe_requantize import RequantizeConfig
 from dsv4_compile.ops.kernels import cache
 from dsv4_compile.ops.registration import CUDA_IMPLEMENTATIONS
 from dsv4_compile.tuning import kernels_of_variant, questions_of
@@ -162,6 +165,11 @@ def all_kernels() -> list[Kernel]:
     listed: Sequence[Kernel] = [
         *test_sm90_decode.gpu_kernels(),
         *test_sm90_moe.CONFIGS,
+        *(
+            ("sm90.moe_requantize", RequantizeConfig(DTYPE_NAMES[dtype], granularity, True))
+            for dtype, granularity in itertools.product(DTYPES, nvfp4.GRANULARITIES)
+        ),
+        *(("sm90.interleave", InterleaveConfig(*kind)) for kind in ((True, False), (True, True), (False, False))),
         *test_nvfp4_moe_gpu.wanted_kernels(),
         *test_nvfp4_grouped_mm_gpu.wanted_kernels(),
         *((f"sm90.{op}", config) for op, config in test_sm90_quantizers.quantizers()),

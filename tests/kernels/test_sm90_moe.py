@@ -1,5 +1,6 @@
 """The kernels of the MoE around its products: routing, requantisation, combination; compiled here, run on a GPU."""
 
+import itertools
 import re
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from dsv4_compile import nvfp4
 from dsv4_compile.ops.dispatch import expand_groups, grouped_unaligned, zero_tail
+from dsv4_compile.ops.dispatch.interleave import CHUNK, in_order
 from dsv4_compile.ops.dispatch.moe_align import (
     MAX_SLOTS,
     AlignConfig,
@@ -165,7 +167,7 @@ CONFIGS: list[tuple[str, Any]] = [
     ("sm90.grouped_unaligned", grouped_unaligned.Config("float32", True, True)),
     *(("sm90.zero_tail", zero_tail.Config(element_bytes)) for element_bytes in (2, 4)),
     ("sm90.moe_align", ScheduleConfig()),
-    ("sm90.expand_groups", expand_groups.Config()),
+    *(("sm90.expand_groups", expand_groups.Config(is_interleaved)) for is_interleaved in (False, True)),
     *(
         ("sm90.moe_combine", CombineConfig(out, weight))
         for out in ("bfloat16", "float16", "float32")
@@ -176,6 +178,7 @@ CONFIGS: list[tuple[str, Any]] = [
         for dtype in ("bfloat16", "float16", "float32")
         for granularity in nvfp4.GRANULARITIES
     ),
+    *(("sm90.moe_requantize", RequantizeConfig("bfloat16", granularity, True)) for granularity in ("tensor", "token")),
 ]
 
 
@@ -295,14 +298,14 @@ def test_expand_groups(monkeypatch: pytest.MonkeyPatch) -> None:
         inside, odd = (codes.cuda(), block_scales.cuda()), torch.zeros(codes.numel() + 1, dtype=torch.uint8).cuda()
         odd[1:] = codes.cuda().flatten()
         apart = inside[0].transpose(0, 1).contiguous(), inside[1].transpose(0, 1).contiguous()
-        for given in (
-            (inside[0].transpose(0, 1), inside[1].transpose(0, 1)),
-            (odd[1:].view(codes.shape).transpose(0, 1), inside[1].transpose(0, 1)),
-            apart,
-        ):
-            actual, schedule = expand_groups.expand_groups(*given, tile_rows)
-            assert torch.equal(actual.isnan().cpu(), expected.isnan())
-            assert torch.equal(actual.nan_to_num().cpu(), expected.nan_to_num())
+        in_rows = inside[0].transpose(0, 1), inside[1].transpose(0, 1)
+        at_odd_bytes = odd[1:].view(codes.shape).transpose(0, 1), inside[1].transpose(0, 1)
+        for given, is_interleaved in itertools.product((in_rows, at_odd_bytes, apart), {False, k % CHUNK == 0}):
+            actual, schedule = expand_groups.expand_groups(*given, tile_rows, is_interleaved)
+            wanted = in_order(expected.half(), True) if is_interleaved else expected
+            assert actual.dtype == wanted.dtype
+            assert torch.equal(actual.isnan().cpu(), wanted.isnan())
+            assert torch.equal(actual.nan_to_num().cpu(), wanted.nan_to_num())
             np.testing.assert_array_equal(schedule.cpu().numpy(), [[len(tiles), groups * rows, 0, 0], *tiles])
 
 
@@ -362,17 +365,20 @@ def test_requantize(dtype: torch.dtype, granularity: str, monkeypatch: pytest.Mo
         partial_amax = torch.rand(int(np.random.randint(1, 700))) * nvfp4.finite_amax(routed, "tensor")
         partial_amax[np.random.randint(0, len(partial_amax))] = nvfp4.finite_amax(routed, "tensor")
         schedule = torch.tensor([[1, valid, 0, 0]] * 3, dtype=torch.int32).cuda()
-        for in_place in (False, dtype == torch.bfloat16):
+        for in_place, is_interleaved in itertools.product({False, dtype.itemsize == 2}, {False, k % CHUNK == 0}):
             source = h.cuda()
-            scaled, scale = requantize(source, partial_amax.cuda(), schedule, granularity, source if in_place else None)
-            assert (scaled is source) == in_place
+            target = source if in_place else None
+            scaled, scale = requantize(source, partial_amax.cuda(), schedule, granularity, target, is_interleaved)
+            assert (scaled.data_ptr() == source.data_ptr()) == in_place
+            wanted = in_order(expected.half(), True) if is_interleaved else expected
+            assert scaled.dtype == wanted.dtype
             assert torch.equal(scale.cpu()[:valid] if granularity == "token" else scale.cpu()[0], global_scale)
             if not in_place:
                 assert scaled[valid:].isnan().all()
             actual = scaled[:valid].cpu()
-            assert torch.equal(actual.isnan(), expected.isnan())
-            assert torch.equal(actual.nan_to_num(), expected.nan_to_num())
-            assert torch.equal(actual.nan_to_num().signbit(), expected.nan_to_num().signbit())
+            assert torch.equal(actual.isnan(), wanted.isnan())
+            assert torch.equal(actual.nan_to_num(), wanted.nan_to_num())
+            assert torch.equal(actual.nan_to_num().signbit(), wanted.nan_to_num().signbit())
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ import torch
 from dsv4_compile.nvfp4 import GRANULARITIES
 from dsv4_compile.ops.dispatch.dequantize_nvfp4 import DequantizeConfig
 from dsv4_compile.ops.dispatch.expand import ExpandConfig
+from dsv4_compile.ops.dispatch.interleave import InterleaveConfig
 from dsv4_compile.ops.dispatch.quantizer import CTA_THREADS, ROW_SHAPES, AmaxConfig, FlatConfig, RowsConfig, as_rows
 from dsv4_compile.ops.dispatch.topk_router import LANE_EXPERTS, RouterConfig
 from dsv4_compile.ops.kernels import cache
@@ -75,6 +76,18 @@ def test_expand(gather: bool) -> None:
     check(code, 256)
     assert code.count(r"STG\.E\.128") == 4
     assert code.registers <= 32
+
+
+@pytest.mark.parametrize(
+    "config", [InterleaveConfig(True), InterleaveConfig(True, True), InterleaveConfig(False)], ids=str
+)
+def test_interleave(config: InterleaveConfig) -> None:
+    """Guards against narrow stores, and against lanes that keep their pairs."""
+    code = compiled("sm90.interleave", config)
+    check(code, 256)
+    assert code.count(r"STG\.E\.128") == 4
+    assert code.count(r"\bSHFL\.BFLY") == 16
+    assert code.registers <= 40
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
