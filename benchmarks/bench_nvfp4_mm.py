@@ -2,8 +2,8 @@
 
 Columns: ``cublas`` bf16 x bf16; ``w4a16`` is ``nvfp4_weight_mm``; ``w4a4`` is ``nvfp4_mm`` of a quantised activation,
 its expansion included; ``quack`` and ``humming`` (benchmarks/rivals.py) where they are installed, else empty. A rival
-that fails or gives a wrong result is named with what it said, and stands in the results as that. Has not run as a whole
-yet: the figures of docs/measured.md come from the same harness, variant by variant.
+that fails or gives a wrong result is named with what it said, and stands in the results as that. Ours must be a sum in
+fp32 and one rounding; a rival, which may add in less, must be within a hundredth as a whole, and its error is recorded.
 
     python benchmarks/bench_nvfp4_mm.py [--tokens 1 16 64] [--replays 20]
 """
@@ -24,6 +24,8 @@ from dsv4_compile.timing import copies_beyond_l2, time_variants
 
 SHAPES = ((4096, 4096), (32768, 1024), (7168, 16384))  # N, K
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+CHECKED_ROWS = 512
+LARGEST_ERROR = 0.01  # of a rival, the norm of its difference relative to that of the product
 WEIGHT_BYTES = 0.5625  # an element: half a byte of code, a sixteenth of a byte of scale
 
 
@@ -34,14 +36,24 @@ def any_weight(n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return codes, block_scales, torch.rand((), device="cuda")
 
 
-def check(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], y: Tensor) -> None:
-    """Raises unless a result is that of float64 up to fp32 sums and one rounding to bf16."""
+def expected_rows(x: Tensor, weight: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The first columns of the product in float64, and of that of magnitudes."""
     from dsv4_compile import nvfp4
 
-    rows = slice(0, 512)
-    w = nvfp4.scaled_codes(weight[0][rows], weight[1][rows]).double() * weight[2].double()
-    expected, magnitude = x.double() @ w.T, x.double().abs() @ w.abs().T
-    wrong = ~((y[:, rows].double() - expected).abs() <= expected.abs() * 2**-8 + magnitude * 2**-16)
+    w = nvfp4.scaled_codes(weight[0][:CHECKED_ROWS], weight[1][:CHECKED_ROWS]).double() * weight[2].double()
+    return x.double() @ w.T, x.double().abs() @ w.abs().T
+
+
+def error_of(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], y: Tensor) -> float:
+    """Norm of a result's error relative to the product."""
+    expected, _ = expected_rows(x, weight)
+    return float((y[:, :CHECKED_ROWS].double() - expected).norm() / expected.norm())
+
+
+def check(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], y: Tensor) -> None:
+    """Raises unless a result is that of float64 up to fp32 sums and one rounding to bf16."""
+    expected, magnitude = expected_rows(x, weight)
+    wrong = ~((y[:, :CHECKED_ROWS].double() - expected).abs() <= expected.abs() * 2**-8 + magnitude * 2**-16)
     if wrong.any():
         raise RuntimeError(f"wrong result: {int(wrong.sum())} of {wrong.numel()} elements")
 
@@ -57,12 +69,16 @@ def measure(n: int, k: int, tokens: int, weights: list[Any], dense: list[Tensor]
         "w4a4": [lambda w=w: nvfp4_mm(*packed, *([part] for part in w)) for w in weights],
     }
     failed: dict[str, str] = {}
+    errors = {"w4a16_error": round(error_of(x, weights[0], nvfp4_weight_mm(x, *([part] for part in weights[0]))), 5)}
     for name, prepare in rivals.installed().items():
         try:
             calls = [prepare(x, *w) for w in weights]
-            check(x, weights[0], calls[0]())
-        except rivals.FAILURES as error:
-            failed[f"{name}_failed"] = f"{type(error).__name__}: {error}"[:200]
+            error = error_of(x, weights[0], calls[0]())
+            if not error <= LARGEST_ERROR:
+                raise RuntimeError(f"wrong result: relative error {error:.3g}")
+            errors[f"{name}_error"] = round(error, 5)
+        except rivals.FAILURES as failure:
+            failed[f"{name}_failed"] = f"{type(failure).__name__}: {failure}"[:200]
         else:
             variants[name] = calls
     times = time_variants(variants, replays=replays)
@@ -70,7 +86,7 @@ def measure(n: int, k: int, tokens: int, weights: list[Any], dense: list[Tensor]
     for name in ("cublas", "w4a16", "w4a4", "quack", "humming"):
         row[f"{name}_us"] = round(times[name].median_us, 2) if name in times else None
         row[f"{name}_spread_us"] = round(times[name].max_us - times[name].min_us, 2) if name in times else None
-    return row | failed
+    return row | errors | failed
 
 
 def main() -> None:
