@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsv4_compile import nvfp4
 from dsv4_compile.ops.dispatch import dequantize_nvfp4 as dispatch
-from dsv4_compile.ops.registration import FLOAT_DTYPES, check_packed, define
+from dsv4_compile.ops.registration import FLOAT_DTYPES, check_packed, define, require
 
 OP = "dequantize_nvfp4"
 
@@ -15,7 +15,7 @@ OP = "dequantize_nvfp4"
 def check(codes: Tensor, block_scales: Tensor, global_scale: Tensor, dtype: torch.dtype) -> None:
     """Checks the arguments."""
     check_packed(OP, "", codes, block_scales, global_scale)
-    torch._check(dtype in FLOAT_DTYPES, lambda: f"{OP}: dtype must be bfloat16, float16 or float32, got {dtype}")
+    require(dtype in FLOAT_DTYPES, lambda: f"{OP}: dtype must be bfloat16, float16 or float32, got {dtype}")
 
 
 def allocate(codes: Tensor, block_scales: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsv4_compile import nvfp4
 from dsv4_compile.ops.dispatch.nvfp4_grouped_mm import run
-from dsv4_compile.ops.registration import FLOAT_DTYPES, check_dtype, check_packed, define
+from dsv4_compile.ops.registration import FLOAT_DTYPES, check_dtype, check_packed, define, require
 
 OP = "nvfp4_grouped_mm"
 
@@ -30,11 +30,11 @@ def allocate(
     check_packed(OP, "a_", a_codes, a_block_scales, a_global_scale)
     check_packed(OP, "b_", b_codes, b_block_scales, b_global_scale)
     lead = tuple(a_codes.shape[:-1])
-    torch._check(
+    require(
         tuple(a_global_scale.shape) in ((), lead),
         lambda: f"{OP}: a_global_scale must be 0-d or one a row {lead}, got shape {tuple(a_global_scale.shape)}",
     )
-    torch._check(
+    require(
         b_codes.dim() == 3 and b_codes.shape[2] == a_codes.shape[-1],
         lambda: (
             f"{OP}: b_codes must be [E, N, {a_codes.shape[-1]}] as a_codes has that many bytes a row, "
@@ -42,7 +42,7 @@ def allocate(
         ),
     )
     if offsets is None:
-        torch._check(
+        require(
             a_codes.dim() == 3 and a_codes.shape[0] == b_codes.shape[0],
             lambda: (
                 f"{OP}: a_codes must be [{b_codes.shape[0]}, M, K/2], one matrix a group of b_codes, when there are "
@@ -50,22 +50,20 @@ def allocate(
             ),
         )
     else:
-        torch._check(
-            a_codes.dim() == 2, lambda: f"{OP}: a_codes must be [S, K/2] with offsets, got {tuple(a_codes.shape)}"
-        )
+        require(a_codes.dim() == 2, lambda: f"{OP}: a_codes must be [S, K/2] with offsets, got {tuple(a_codes.shape)}")
         check_dtype(OP, "offsets", offsets, (torch.int32,))
-        torch._check(
+        require(
             tuple(offsets.shape) == (b_codes.shape[0],),
             lambda: f"{OP}: offsets must have shape ({b_codes.shape[0]},), got {tuple(offsets.shape)}",
         )
-    torch._check(out_dtype in FLOAT_DTYPES, lambda: f"{OP}: out_dtype must be a float dtype, got {out_dtype}")
+    require(out_dtype in FLOAT_DTYPES, lambda: f"{OP}: out_dtype must be a float dtype, got {out_dtype}")
     return a_codes.new_empty((*lead, b_codes.shape[1]), dtype=out_dtype)
 
 
 def _row_ranges(offsets: Tensor, num_rows: int) -> list[slice]:
     ends = offsets.tolist()
     bounds = [0, *ends]
-    torch._check(
+    require(
         bounds == sorted(bounds) and bounds[-1] <= num_rows,
         lambda: f"{OP}: offsets must be non-decreasing within 0..{num_rows}, got {ends}",
     )

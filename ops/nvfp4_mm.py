@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsv4_compile import nvfp4
 from dsv4_compile.ops.dispatch.nvfp4_mm import run_packed
-from dsv4_compile.ops.registration import FLOAT_DTYPES, check_dtype, check_packed, define
+from dsv4_compile.ops.registration import FLOAT_DTYPES, check_dtype, check_packed, define, require
 
 OP = "nvfp4_mm"
 
@@ -25,11 +25,11 @@ def allocate(
     """Checks the arguments and returns an uninitialised output."""
     check_packed(OP, "a_", a_codes, a_block_scales, a_global_scale)
     lead = tuple(a_codes.shape[:-1])
-    torch._check(
+    require(
         tuple(a_global_scale.shape) in ((), lead),
         lambda: f"{OP}: a_global_scale must be 0-d or one a row {lead}, got shape {tuple(a_global_scale.shape)}",
     )
-    torch._check(
+    require(
         len(b_codes) > 0 and len(b_codes) == len(b_block_scales) == len(b_global_scales),
         lambda: (
             f"{OP}: b_codes, b_block_scales and b_global_scales must be lists of one length > 0, "
@@ -39,9 +39,9 @@ def allocate(
     n = 0
     for codes, block_scales, global_scale in zip(b_codes, b_block_scales, b_global_scales, strict=True):
         check_packed(OP, "b_", codes, block_scales, global_scale)
-        torch._check(
+        require(
             codes.dim() == 2 and codes.shape[1] == a_codes.shape[-1],
-            lambda codes=codes: (
+            lambda codes=codes: (  # type: ignore[misc]
                 f"{OP}: b_codes must be [N, {a_codes.shape[-1]}] as a_codes has that many bytes a "
                 f"row, got shape {tuple(codes.shape)}"
             ),
@@ -49,8 +49,8 @@ def allocate(
         n += codes.shape[0]
     if bias is not None:
         check_dtype(OP, "bias", bias, FLOAT_DTYPES)
-        torch._check(tuple(bias.shape) == (n,), lambda: f"{OP}: bias must have shape ({n},), got {tuple(bias.shape)}")
-    torch._check(out_dtype in FLOAT_DTYPES, lambda: f"{OP}: out_dtype must be a float dtype, got {out_dtype}")
+        require(tuple(bias.shape) == (n,), lambda: f"{OP}: bias must have shape ({n},), got {tuple(bias.shape)}")
+    require(out_dtype in FLOAT_DTYPES, lambda: f"{OP}: out_dtype must be a float dtype, got {out_dtype}")
     return a_codes.new_empty((*lead, n), dtype=out_dtype)
 
 

@@ -17,6 +17,7 @@ from dsv4_compile.ops.registration import (
     check_granularity,
     check_packed,
     define,
+    require,
 )
 
 OP = "nvfp4_moe"
@@ -44,19 +45,19 @@ def allocate(
 ) -> Tensor:
     """Checks the arguments and returns an uninitialised output."""
     check_packed(OP, "a_", a_codes, a_block_scales, a_global_scale)
-    torch._check(a_codes.dim() == 2, lambda: f"{OP}: a_codes must be [T, H/2], got shape {tuple(a_codes.shape)}")
+    require(a_codes.dim() == 2, lambda: f"{OP}: a_codes must be [T, H/2], got shape {tuple(a_codes.shape)}")
     tokens, hidden = a_codes.shape[0], 2 * a_codes.shape[1]
-    torch._check(
+    require(
         tuple(a_global_scale.shape) in ((), (tokens,)),
         lambda: f"{OP}: a_global_scale must be 0-d or one a row ({tokens},), got shape {tuple(a_global_scale.shape)}",
     )
     check_dtype(OP, "topk_ids", topk_ids, INDEX_DTYPES)
-    torch._check(
+    require(
         topk_ids.dim() == 2 and topk_ids.shape[0] == tokens,
         lambda: f"{OP}: topk_ids must be [{tokens}, k], got shape {tuple(topk_ids.shape)}",
     )
     check_dtype(OP, "topk_weights", topk_weights, FLOAT_DTYPES)
-    torch._check(
+    require(
         topk_weights.shape == topk_ids.shape,
         lambda: (
             f"{OP}: topk_weights must have the shape of topk_ids {tuple(topk_ids.shape)}, "
@@ -64,7 +65,7 @@ def allocate(
         ),
     )
     check_packed(OP, "gate_up_", gate_up_codes, gate_up_block_scales, gate_up_global_scale)
-    torch._check(
+    require(
         gate_up_codes.dim() == 3 and gate_up_codes.shape[1] % 32 == 0 and gate_up_codes.shape[2] == a_codes.shape[1],
         lambda: (
             f"{OP}: gate_up_codes must be [E, 2 I, {a_codes.shape[1]}], I % 16 == 0, as a_codes has that many bytes a "
@@ -72,7 +73,7 @@ def allocate(
         ),
     )
     experts, intermediate = gate_up_codes.shape[0], gate_up_codes.shape[1] // 2
-    torch._check(
+    require(
         tuple(gate_up_global_scale.shape) in ((experts,), (experts, 2)),
         lambda: (
             f"{OP}: gate_up_global_scale must have shape ({experts},) or ({experts}, 2), "
@@ -80,21 +81,21 @@ def allocate(
         ),
     )
     check_packed(OP, "down_", down_codes, down_block_scales, down_global_scale)
-    torch._check(
+    require(
         tuple(down_codes.shape) == (experts, hidden, intermediate // 2),
         lambda: (
             f"{OP}: down_codes must be [E, H, I/2] = ({experts}, {hidden}, {intermediate // 2}), as a_codes and "
             f"gate_up_codes have it, got shape {tuple(down_codes.shape)}"
         ),
     )
-    torch._check(
+    require(
         tuple(down_global_scale.shape) == (experts,),
         lambda: f"{OP}: down_global_scale must have shape ({experts},), got {tuple(down_global_scale.shape)}",
     )
-    torch._check(limit > 0, lambda: f"{OP}: limit must be positive (inf for none), got {limit}")
+    require(limit > 0, lambda: f"{OP}: limit must be positive (inf for none), got {limit}")
     check_choice(OP, "weight_position", weight_position, WEIGHT_POSITIONS)
     check_granularity(OP, granularity)
-    torch._check(out_dtype in FLOAT_DTYPES, lambda: f"{OP}: out_dtype must be a float dtype, got {out_dtype}")
+    require(out_dtype in FLOAT_DTYPES, lambda: f"{OP}: out_dtype must be a float dtype, got {out_dtype}")
     return a_codes.new_empty((tokens, hidden), dtype=out_dtype)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsv4_compile import nvfp4
 from dsv4_compile.ops.dispatch.nvfp4_mm import run_bf16
-from dsv4_compile.ops.registration import FLOAT_DTYPES, check_dtype, check_packed, define
+from dsv4_compile.ops.registration import FLOAT_DTYPES, check_dtype, check_packed, define, require
 
 OP = "nvfp4_weight_mm"
 
@@ -22,8 +22,8 @@ def allocate(
 ) -> Tensor:
     """Checks the arguments and returns an uninitialised output."""
     check_dtype(OP, "x", x, (torch.bfloat16,))
-    torch._check(x.dim() >= 1, lambda: f"{OP}: x must have at least one dimension, got shape {tuple(x.shape)}")
-    torch._check(
+    require(x.dim() >= 1, lambda: f"{OP}: x must have at least one dimension, got shape {tuple(x.shape)}")
+    require(
         len(b_codes) > 0 and len(b_codes) == len(b_block_scales) == len(b_global_scales),
         lambda: (
             f"{OP}: b_codes, b_block_scales and b_global_scales must be lists of one length > 0, "
@@ -33,9 +33,9 @@ def allocate(
     n = 0
     for codes, block_scales, global_scale in zip(b_codes, b_block_scales, b_global_scales, strict=True):
         check_packed(OP, "b_", codes, block_scales, global_scale)
-        torch._check(
+        require(
             codes.dim() == 2 and 2 * codes.shape[1] == x.shape[-1],
-            lambda codes=codes: (
+            lambda codes=codes: (  # type: ignore[misc]
                 f"{OP}: b_codes must be [N, {x.shape[-1] // 2}], two codes a byte for the {x.shape[-1]} columns of x, "
                 f"got shape {tuple(codes.shape)}"
             ),
@@ -43,8 +43,8 @@ def allocate(
         n += codes.shape[0]
     if bias is not None:
         check_dtype(OP, "bias", bias, FLOAT_DTYPES)
-        torch._check(tuple(bias.shape) == (n,), lambda: f"{OP}: bias must have shape ({n},), got {tuple(bias.shape)}")
-    torch._check(out_dtype in FLOAT_DTYPES, lambda: f"{OP}: out_dtype must be a float dtype, got {out_dtype}")
+        require(tuple(bias.shape) == (n,), lambda: f"{OP}: bias must have shape ({n},), got {tuple(bias.shape)}")
+    require(out_dtype in FLOAT_DTYPES, lambda: f"{OP}: out_dtype must be a float dtype, got {out_dtype}")
     return x.new_empty((*x.shape[:-1], n), dtype=out_dtype)
 
 

@@ -51,10 +51,16 @@ def _no_kernel(name: str) -> Callable[..., Any]:
     return raise_no_kernel
 
 
+def require(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
+    """``torch._check`` where it is needed: its first call imports sympy, which takes seconds."""
+    if condition is not True:
+        torch._check(condition, message)
+
+
 def check_dtype(op: str, argument: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     """Checks a tensor's dtype, naming the argument, the rule and the value."""
     names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-    torch._check(
+    require(
         tensor.dtype in allowed,
         lambda: f"{op}: {argument} must be {names}, got {str(tensor.dtype).removeprefix('torch.')}",
     )
@@ -62,7 +68,7 @@ def check_dtype(op: str, argument: str, tensor: Tensor, allowed: tuple[torch.dty
 
 def check_choice(op: str, argument: str, value: str, allowed: tuple[str, ...]) -> None:
     """Checks a string argument against the values it may take."""
-    torch._check(value in allowed, lambda: f"{op}: {argument} must be one of {', '.join(allowed)}, got {value!r}")
+    require(value in allowed, lambda: f"{op}: {argument} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def check_granularity(op: str, granularity: str) -> None:
@@ -73,7 +79,7 @@ def check_granularity(op: str, granularity: str) -> None:
 def check_quantizable(op: str, argument: str, tensor: Tensor) -> None:
     """Checks that a tensor is a float tensor [..., K] with K a multiple of the block size."""
     check_dtype(op, argument, tensor, FLOAT_DTYPES)
-    torch._check(
+    require(
         tensor.dim() >= 1 and tensor.shape[-1] % nvfp4.BLOCK_SIZE == 0,
         lambda: (
             f"{op}: {argument} must have a last dimension divisible by {nvfp4.BLOCK_SIZE}, "
@@ -87,21 +93,21 @@ def check_packed(op: str, prefix: str, codes: Tensor, block_scales: Tensor, glob
     check_dtype(op, f"{prefix}codes", codes, (torch.uint8,))
     check_dtype(op, f"{prefix}block_scales", block_scales, (torch.float8_e4m3fn,))
     check_dtype(op, f"{prefix}global_scale", global_scale, (torch.float32,))
-    torch._check(
+    require(
         codes.dim() >= 1 and block_scales.dim() == codes.dim() and codes.shape[:-1] == block_scales.shape[:-1],
         lambda: (
             f"{op}: {prefix}block_scales must have the leading shape of {prefix}codes {tuple(codes.shape)}, "
             f"got {tuple(block_scales.shape)}"
         ),
     )
-    torch._check(
+    require(
         codes.shape[-1] == block_scales.shape[-1] * (nvfp4.BLOCK_SIZE // 2),
         lambda: (
             f"{op}: {prefix}codes must have 8 bytes for each of the {block_scales.shape[-1]} block scales of a "
             f"row, got {codes.shape[-1]}"
         ),
     )
-    torch._check(
+    require(
         _global_scale_fits(tuple(global_scale.shape), tuple(codes.shape)),
         lambda: (
             f"{op}: {prefix}global_scale must be 0-d, one a matrix, or segments that divide the rows of "

@@ -14,6 +14,7 @@ from dsv4_compile.ops.registration import (
     check_granularity,
     check_quantizable,
     define,
+    require,
 )
 
 OP = "rms_norm_quantize_nvfp4"
@@ -24,11 +25,11 @@ def check(x: Tensor, weight: Tensor | None, eps: float, granularity: str) -> Non
     check_quantizable(OP, "x", x)
     if weight is not None:
         check_dtype(OP, "weight", weight, FLOAT_DTYPES)
-        torch._check(
+        require(
             tuple(weight.shape) == (x.shape[-1],),
             lambda: f"{OP}: weight must have shape ({x.shape[-1]},), got {tuple(weight.shape)}",
         )
-    torch._check(eps >= 0, lambda: f"{OP}: eps must be non-negative, got {eps}")
+    require(eps >= 0, lambda: f"{OP}: eps must be non-negative, got {eps}")
     check_granularity(OP, granularity)
 
 

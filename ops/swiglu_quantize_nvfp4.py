@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dsv4_compile import nvfp4
 from dsv4_compile.ops.dispatch import swiglu_quantize_nvfp4 as dispatch
-from dsv4_compile.ops.registration import allocate_packed, check_dtype, check_granularity, check_quantizable, define
+from dsv4_compile.ops.registration import (
+    allocate_packed,
+    check_dtype,
+    check_granularity,
+    check_quantizable,
+    define,
+    require,
+)
 
 OP = "swiglu_quantize_nvfp4"
 
@@ -16,11 +22,11 @@ def check(gate: Tensor, up: Tensor, limit: float, granularity: str) -> None:
     """Checks the arguments."""
     check_quantizable(OP, "gate", gate)
     check_dtype(OP, "up", up, (gate.dtype,))
-    torch._check(
+    require(
         up.shape == gate.shape,
         lambda: f"{OP}: up must have the shape of gate {tuple(gate.shape)}, got {tuple(up.shape)}",
     )
-    torch._check(limit > 0, lambda: f"{OP}: limit must be positive (inf for none), got {limit}")
+    require(limit > 0, lambda: f"{OP}: limit must be positive (inf for none), got {limit}")
     check_granularity(OP, granularity)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv4_compile import nvfp4
-from dsv4_compile.ops.registration import check_dtype, define
+from dsv4_compile.ops.registration import check_dtype, define, require
 
 OP = "swizzle_block_scales"
 INVERSE_OP = "unswizzle_block_scales"
@@ -21,9 +21,7 @@ def _padded_shape(rows: int, cols: int) -> tuple[int, int]:
 def allocate(block_scales: Tensor) -> Tensor:
     """Checks the argument and returns an uninitialised output."""
     check_dtype(OP, "block_scales", block_scales, SCALE_DTYPES)
-    torch._check(
-        block_scales.dim() == 2, lambda: f"{OP}: block_scales must be 2-D, got shape {tuple(block_scales.shape)}"
-    )
+    require(block_scales.dim() == 2, lambda: f"{OP}: block_scales must be 2-D, got shape {tuple(block_scales.shape)}")
     return block_scales.new_empty(_padded_shape(*block_scales.shape))
 
 
@@ -36,7 +34,7 @@ def reference(block_scales: Tensor) -> Tensor:
 def allocate_inverse(swizzled: Tensor, rows: int, cols: int) -> Tensor:
     """Checks the arguments and returns an uninitialised output."""
     check_dtype(INVERSE_OP, "swizzled", swizzled, SCALE_DTYPES)
-    torch._check(
+    require(
         swizzled.dim() == 2 and tuple(swizzled.shape) == _padded_shape(rows, cols),
         lambda: (
             f"{INVERSE_OP}: swizzled must have shape {_padded_shape(rows, cols)} for rows={rows}, cols={cols}, "

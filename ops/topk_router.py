@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dsv4_compile import nvfp4
 from dsv4_compile.ops.dispatch import topk_router as dispatch
-from dsv4_compile.ops.registration import FLOAT_DTYPES, INDEX_DTYPES, check_choice, check_dtype, define
+from dsv4_compile.ops.registration import FLOAT_DTYPES, INDEX_DTYPES, check_choice, check_dtype, define, require
 
 OP = "topk_router"
 
@@ -36,20 +36,20 @@ def check(
 ) -> None:
     """Checks the arguments."""
     check_dtype(OP, "logits", logits, FLOAT_DTYPES)
-    torch._check(logits.dim() == 2, lambda: f"{OP}: logits must be [T, E], got shape {tuple(logits.shape)}")
+    require(logits.dim() == 2, lambda: f"{OP}: logits must be [T, E], got shape {tuple(logits.shape)}")
     tokens, experts = logits.shape
-    torch._check(1 <= top_k <= experts, lambda: f"{OP}: top_k must be in 1..{experts}, got {top_k}")
+    require(1 <= top_k <= experts, lambda: f"{OP}: top_k must be in 1..{experts}, got {top_k}")
     if selection_bias is not None:
         check_dtype(OP, "selection_bias", selection_bias, FLOAT_DTYPES)
-        torch._check(
+        require(
             tuple(selection_bias.shape) == (experts,),
             lambda: f"{OP}: selection_bias must have shape ({experts},), got {tuple(selection_bias.shape)}",
         )
-        torch._check(
+        require(
             hash_table is None,
             lambda: f"{OP}: selection_bias must be None with a hash_table, which selects by itself, got a tensor",
         )
-    torch._check(
+    require(
         (hash_table is None) == (token_ids is None),
         lambda: (
             f"{OP}: token_ids must be given exactly when hash_table is, got "
@@ -58,18 +58,18 @@ def check(
     )
     if hash_table is not None and token_ids is not None:
         check_dtype(OP, "hash_table", hash_table, INDEX_DTYPES)
-        torch._check(
+        require(
             hash_table.dim() == 2 and hash_table.shape[1] == top_k,
             lambda: f"{OP}: hash_table must be [V, {top_k}], got shape {tuple(hash_table.shape)}",
         )
         check_dtype(OP, "token_ids", token_ids, INDEX_DTYPES)
-        torch._check(
+        require(
             tuple(token_ids.shape) == (tokens,),
             lambda: f"{OP}: token_ids must have shape ({tokens},), got {tuple(token_ids.shape)}",
         )
     check_choice(OP, "score_function", score_function, SCORE_FUNCTIONS)
     check_choice(OP, "normalization", normalization, NORMALIZATIONS)
-    torch._check(norm_eps >= 0, lambda: f"{OP}: norm_eps must be non-negative, got {norm_eps}")
+    require(norm_eps >= 0, lambda: f"{OP}: norm_eps must be non-negative, got {norm_eps}")
 
 
 def allocate(

@@ -19,6 +19,17 @@ def test_import_needs_no_gpu_and_no_kernel_compiler() -> None:
     assert result.stdout.strip() == "[] False"
 
 
+def test_first_operator_imports_no_compiler() -> None:
+    """Guards against two seconds before the first kernel: ``torch._check`` imports sympy even where nothing is wrong."""
+    program = (
+        "import sys, torch, dsv4_compile.ops as ops; "
+        "x = ops.quantize_nvfp4(torch.ones(2, 64), 'tensor'); ops.nvfp4_mm(*x, *([part] for part in x)); "
+        "print(sorted({'sympy', 'torch._dynamo', 'torch.fx.experimental.symbolic_shapes'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert result.stdout.strip() == "[]"
+
+
 def test_folders_at_the_top_are_the_packages() -> None:
     """Guards against a copy in place of a symlink (git without core.symlinks), whose two sides would drift apart."""
     package = Path(dsv4_compile.__file__).parent

@@ -310,6 +310,8 @@ class Epilogue:
             address = partial + 4 * ((8 * j + 2 * t) * self.pitch + row)
             for i in cutlass.range_constexpr(4):
                 store_shared_f32(address, 4 * (i % 2 * self.pitch + 8 * (i // 2)), accumulators[4 * j + i])
+        # The CTA's own barrier orders nothing that the cluster's does not; racecheck knows this one only.
+        cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=32 * CONSUMER_WARPS)
         self.arrive_all(written, member, lane)
         wait_cluster(Int32(written.toint()), tile_count % 2)
 
@@ -348,6 +350,7 @@ class Epilogue:
                 if tokens[i] < last_token and row < rows:
                     position = Int64(first + tokens[i]) * Int64(out.stride[0]) + (first_column + row)
                     store_global_words(out.iterator.toint() + position * self.element_bytes, words)
+        cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=32 * CONSUMER_WARPS)
         self.arrive_all(read, member, lane)
 
     @cute.jit
