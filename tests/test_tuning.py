@@ -129,7 +129,7 @@ def test_variants_of_experts() -> None:
     assert {plan.path for plan in few.variants.values()} == {"decode", "wgmma"}
     assert {plan.path for plan in many.variants.values()} == {"wgmma"}
     assert {plan.path for plan in nvfp4_moe._question(96, False, 256, 4096, 2048, False).variants.values()} == {"wgmma"}
-    assert few.default == "decode 2x2x8, tiles of 8"
+    assert few.default == "decode 2x4x2, tiles of 8"
     assert many.default == "wgmma 128"
 
 

@@ -310,7 +310,7 @@ class Epilogue:
             address = partial + 4 * ((8 * j + 2 * t) * self.pitch + row)
             for i in cutlass.range_constexpr(4):
                 store_shared_f32(address, 4 * (i % 2 * self.pitch + 8 * (i // 2)), accumulators[4 * j + i])
-        # The CTA's own barrier orders nothing that the cluster's does not; racecheck knows this one only.
+        # Orders nothing that the cluster's barriers do not, but racecheck does not follow those.
         cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=32 * CONSUMER_WARPS)
         self.arrive_all(written, member, lane)
         wait_cluster(Int32(written.toint()), tile_count % 2)
