@@ -53,9 +53,8 @@ class Call:
 
 
 def token_counts(max_tokens: int = MAX_TOKENS) -> list[int]:
-    """Numbers of tokens for which kernels are looked up: all up to 64, then eight steps for each doubling."""
-    steps = {step << shift for shift in range(3, 12) for step in range(8, 17)}
-    return [count for count in sorted({*range(1, 65), *steps, max_tokens}) if count <= max_tokens]
+    """Numbers of tokens for which kernels are looked up: all up to 64, then multiples of 64, the smallest tile."""
+    return sorted({*range(1, min(64, max_tokens) + 1), *range(64, max_tokens + 1, 64), max_tokens})
 
 
 def model_calls(model: Any, options: Mapping[str, Any] | None = None) -> list[Call]:
