@@ -5,8 +5,6 @@
 Static groups, N = 1024 and K = 4096 each. The activation is quantised before, its groups lie inside the rows as in the
 model. Weights rotate through more than the L2. The floor counts 0.5625 bytes a weight, the packed activation and the
 bf16 result.
-
-Has not run to its end on a GPU yet: no result of it stands anywhere.
 """
 
 from __future__ import annotations

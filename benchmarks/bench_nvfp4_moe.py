@@ -7,8 +7,6 @@ Random weights and activations, uniform routing, another one for each call in a 
 are in the L2 when the next comes. ``bf16`` is the form that HuggingFace's experts have with ``grouped_mm``: sort,
 gather, two grouped products, SwiGLU, weights, scatter; compiled by torch.compile (Inductor). The floor is
 ``max(bytes / measured read bandwidth, FLOP / measured bf16 rate)`` with 0.5625 bytes a weight of the experts hit.
-
-Has not run to its end on a GPU yet: no result of it stands anywhere.
 """
 
 from __future__ import annotations

@@ -41,14 +41,6 @@ class InterleaveConfig:
     pdl: bool = True
 
 
-def in_order(x: Tensor, is_packed: bool) -> Tensor:
-    """[..., K] in the order of :func:`interleave`, by torch."""
-    lead = range(x.dim() - 1)
-    if is_packed:  # chunks, t, w, b, i
-        return x.unflatten(-1, (-1, 4, 4, 2, 4)).permute(*lead, -5, -3, -1, -4, -2).flatten(-5)
-    return x.unflatten(-1, (-1, 4, 4, 4, 2)).permute(*lead, -5, -3, -2, -4, -1).flatten(-5)
-
-
 def interleave(x: Tensor, block_scales: Tensor | None, rows: Tensor | None = None, divisor: int = 1) -> Tensor:
     """A packed activation as ``code * block_scale`` in fp16, exact, or a bf16 one, in the order of ``wgmma_w4``.
 

@@ -19,7 +19,7 @@ from dsv4_compile.ops.dispatch.decode_mm import Config as DecodeConfig
 from dsv4_compile.ops.dispatch.dequantize_nvfp4 import DequantizeConfig
 from dsv4_compile.ops.dispatch.expand import ExpandConfig
 from dsv4_compile.ops.dispatch.grouped_unaligned import Config as UnalignedConfig
-from dsv4_compile.ops.dispatch.interleave import InterleaveConfig, in_order
+from dsv4_compile.ops.dispatch.interleave import InterleaveConfig
 from dsv4_compile.ops.dispatch.moe_align import AlignConfig, ScheduleConfig
 from dsv4_compile.ops.dispatch.moe_combine import CombineConfig
 from dsv4_compile.ops.dispatch.moe_requantize import RequantizeConfig
@@ -27,6 +27,7 @@ from dsv4_compile.ops.dispatch.quantizer import AmaxConfig, FlatConfig, RowsConf
 from dsv4_compile.ops.dispatch.topk_router import RouterConfig
 from dsv4_compile.ops.dispatch.wgmma_w4 import Config as WgmmaConfig
 from dsv4_compile.ops.topk_router import scores
+from tests.interleaved import in_order
 
 CTA_THREADS = 512  # of the quantisers that own rows or look for a maximum
 AMAX_FLOOR = 1e-8

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsv4_compile import nvfp4
 from dsv4_compile.ops.dispatch import expand_groups, grouped_unaligned, zero_tail
-from dsv4_compile.ops.dispatch.interleave import CHUNK, in_order
+from dsv4_compile.ops.dispatch.interleave import CHUNK
 from dsv4_compile.ops.dispatch.moe_align import (
     MAX_SLOTS,
     AlignConfig,
@@ -24,6 +24,7 @@ from dsv4_compile.ops.dispatch.moe_align import (
 from dsv4_compile.ops.dispatch.moe_combine import CombineConfig, combine
 from dsv4_compile.ops.dispatch.moe_requantize import RequantizeConfig, requantize
 from dsv4_compile.ops.kernels import cache, compilation
+from tests.interleaved import in_order
 
 Integers = NDArray[np.int64]
 POISON = -559038737

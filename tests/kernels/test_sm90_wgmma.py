@@ -14,12 +14,12 @@ from torch import Tensor
 
 from dsv4_compile.ops.dispatch.grouped_wgmma import config_of as grouped_config
 from dsv4_compile.ops.dispatch.grouped_wgmma import grouped_wgmma, partial_amax_size
-from dsv4_compile.ops.dispatch.interleave import in_order
 from dsv4_compile.ops.dispatch.wgmma_choice import VARIANTS
 from dsv4_compile.ops.dispatch.wgmma_choice import config_of as dense_config
 from dsv4_compile.ops.dispatch.wgmma_w4 import OUT_DTYPE_NAMES, Config, fits, launch_dense
 from dsv4_compile.ops.kernels import compilation
 from tests import nvfp4_oracle as oracle
+from tests.interleaved import in_order
 
 ACTIVATION_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 TORCH_DTYPES = {name: dtype for dtype, name in OUT_DTYPE_NAMES.items()}

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from dsv4_compile import nvfp4
-from dsv4_compile.ops.dispatch.interleave import in_order, interleave
+from dsv4_compile.ops.dispatch.interleave import interleave
 from tests import nvfp4_oracle as oracle
+from tests.interleaved import in_order
 from tests.ops.test_expand import packed
 
 

@@ -10,6 +10,7 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from dsv4_compile.ops.dispatch.expand import PIECE_ELEMENTS, THREADS, UNROLL, ExpandConfig
 from dsv4_compile.ops.kernels.sm90 import numerics
+from dsv4_compile.ops.kernels.sm90.gathering import gathered_piece
 
 
 @cute.kernel
@@ -43,12 +44,9 @@ def expand_kernel(
         if piece < pieces:
             sources[i] = Int64(piece)
             if cutlass.const_expr(config.gather):
-                row = numerics.quotient(piece, row_multiplier, row_shift)
-                index = Int32(numerics.load_words(rows_at + Int64(row) * 4, 1)[0])
-                sources[i] = Int64(-1)
-                if index >= 0:
-                    source_row = numerics.quotient(index, index_multiplier, index_shift)
-                    sources[i] = Int64(source_row) * row_pieces + (piece - row * row_pieces)
+                sources[i] = gathered_piece(
+                    piece, row_pieces, rows_at, row_multiplier, row_shift, index_multiplier, index_shift
+                )
     for i in cutlass.range_constexpr(UNROLL):
         words[i], scale_bytes[i] = Uint32(0), Uint32(0)
         if sources[i] >= 0:

@@ -10,6 +10,7 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from dsv4_compile.ops.dispatch.interleave import CHUNK, PIECE_ELEMENTS, THREADS, UNROLL, InterleaveConfig
 from dsv4_compile.ops.kernels.sm90 import numerics
+from dsv4_compile.ops.kernels.sm90.gathering import gathered_piece
 from dsv4_compile.ops.kernels.sm90.interleaving import exchange, expanded_pairs, place_of
 
 
@@ -31,7 +32,7 @@ def interleave_kernel(
         cute.arch.griddepcontrol_launch_dependents()
         cute.arch.griddepcontrol_wait()
     x_at, scales_at = numerics.address_of(x), numerics.address_of(scales)
-    out_at = numerics.address_of(out)
+    rows_at, out_at = numerics.address_of(rows), numerics.address_of(out)
     first = cute.arch.block_idx()[0] * (THREADS * UNROLL) + cute.arch.thread_idx()[0]
     words_a_piece = 1 if config.is_packed else 4
     sources = cute.make_rmem_tensor(UNROLL, Int64)
@@ -43,12 +44,9 @@ def interleave_kernel(
         if piece < pieces:
             sources[i] = Int64(piece)
             if cutlass.const_expr(config.has_gather):
-                row = numerics.quotient(piece, row_multiplier, row_shift)
-                index = Int32(numerics.load_words(numerics.address_of(rows) + Int64(row) * 4, 1)[0])
-                sources[i] = Int64(-1)
-                if index >= 0:
-                    source_row = numerics.quotient(index, index_multiplier, index_shift)
-                    sources[i] = Int64(source_row) * row_pieces + (piece - row * row_pieces)
+                sources[i] = gathered_piece(
+                    piece, row_pieces, rows_at, row_multiplier, row_shift, index_multiplier, index_shift
+                )
     for i in cutlass.range_constexpr(UNROLL):
         scale_bytes[i] = Uint32(0)
         for word in cutlass.range_constexpr(words_a_piece):
