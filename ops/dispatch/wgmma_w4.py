@@ -29,7 +29,7 @@ class Config:
         tile_tokens: tokens a tile, one of :data:`TILE_TOKENS`.
         num_weights: weights of a dense call, side by side in the output.
         multicast: 1, or 2 CTAs of a cluster that take neighbouring weight rows and share the loads of activations.
-        splits: CTAs of a cluster that share a tile, each with its part of K; dense only.
+        splits: CTAs of a cluster that share a tile, each with its part of K; dense only, and one tile a cluster.
         has_row_scale: the activation has a scale, one for all or one a row.
         has_bias: a bias is added; dense only.
         has_row_weight: SwiGLU's result is multiplied by a weight a row.
@@ -97,10 +97,9 @@ def num_tiles_of(tile_tokens: int, multicast: int, tokens: int, weight_rows: Seq
 
 
 def fits(config: Config, tokens: int, weight_rows: Sequence[int], like: Tensor | None = None) -> bool:
-    """Whether a variant takes a shape: with 256 tokens a split leaves room for one tile a cluster only."""
-    if config.splits == 1 or config.tile_tokens < TILE_TOKENS[-1]:
-        return True
-    return num_tiles_of(config.tile_tokens, config.multicast, tokens, weight_rows) <= num_clusters(config, like)
+    """Whether a variant takes a shape: with splits a cluster takes one tile."""
+    tiles = num_tiles_of(config.tile_tokens, config.multicast, tokens, weight_rows)
+    return config.splits == 1 or tiles <= num_clusters(config, like)
 
 
 def launch_dense(

@@ -300,9 +300,9 @@ def _wgmma_dense(
     assert config.cluster <= 8
     assert k // 256 >= config.splits, "a CTA of a split has nothing to add"
     assert x.shape[0] == tokens
-    if config.splits > 1 and config.tile_tokens == 256:
+    if config.splits > 1:
         blocks = sum(-(-part.shape[0] // (128 * config.multicast)) for part in codes)
-        assert blocks * -(-tokens // 256) <= clusters, "partial sums overwrite a ring that is still read"
+        assert blocks * -(-tokens // config.tile_tokens) <= clusters, "partial sums overwrite those that are still read"
     activation = _wgmma_rows(config, x)
     column = 0
     for i in range(config.num_weights):

@@ -8,7 +8,6 @@ from dsv4_compile.ops.kernels.sm90 import numerics
 from dsv4_compile.ops.kernels.sm90.instructions import load_shared_v4
 from dsv4_compile.ops.kernels.sm90.numerics import add, multiply
 from dsv4_compile.ops.kernels.sm90.wgmma_instructions import (
-    arrive_cluster,
     load_cluster_f32x4,
     load_global_f32,
     load_shared_f32,
@@ -17,7 +16,6 @@ from dsv4_compile.ops.kernels.sm90.wgmma_instructions import (
     store_global_words,
     store_matrices_transposed,
     store_shared_f32,
-    wait_cluster,
 )
 
 WARPGROUP = 128
@@ -52,15 +50,13 @@ class Epilogue:
             self.shared_bytes = 2 * (self.row_scale_bytes + self.staging_bytes) + self.exchange_bytes
 
     @cute.jit
-    def exchange(self, accumulators, base, offset: cutlass.Constexpr, split_barriers, k_group, thread, tile_count):
+    def exchange(self, accumulators, base, offset: cutlass.Constexpr, k_group, thread, tile_count):
         """Adds the sums of the second k group to those of the first, which alone goes on with the tile."""
         config = self.config
         address = Int32(base.toint()) + offset + thread % (32 * CONSUMER_WARPS) * 4
         both = 2 * 32 * CONSUMER_WARPS
         if k_group == 1:
-            if cutlass.const_expr(config.splits > 1):  # until every CTA has read the partial sums of the last tile
-                wait_cluster(Int32((split_barriers + 1).toint()), (tile_count + 1) % 2)
-            elif tile_count > 0:
+            if tile_count > 0:
                 cute.arch.barrier(barrier_id=EXCHANGE_READ_BARRIER, number_of_threads=both)
             for i in cutlass.range_constexpr(self.tokens // 2):
                 store_shared_f32(address, i * 128 * CONSUMER_WARPS, accumulators[i])
@@ -274,11 +270,28 @@ class Epilogue:
                     partial_amax[i] = largest
 
     @cute.jit
+    def store_partial_sums(self, accumulators, base, thread, warp):
+        """Sums over this CTA's part of K to its shared memory."""
+        lane = thread % 32
+        g, t = lane // 4, lane % 4
+        partial = Int32(base.toint()) + self.partial_offset
+        if cutlass.const_expr(self.reuses_ring):
+            cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=32 * CONSUMER_WARPS)
+        row = warp * 16 + g
+        for j in cutlass.range_constexpr(self.tokens // 8):
+            address = partial + 4 * ((8 * j + 2 * t) * self.pitch + row)
+            for i in cutlass.range_constexpr(4):
+                store_shared_f32(address, 4 * (i % 2 * self.pitch + 8 * (i // 2)), accumulators[4 * j + i])
+
+    def wait_for_partial_sums(self):
+        """Every thread of the cluster: until those of all its CTAs are there."""
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+
+    @cute.jit
     def store_split(
         self,
-        accumulators,
         base,
-        split_barriers,
         row_scale,
         scale_address,
         segments,
@@ -292,29 +305,13 @@ class Epilogue:
         rank,
         thread,
         warp,
-        tile_count,
     ):
-        """Partial sums to shared memory; then each CTA adds those of all CTAs, in order, for its share of tokens."""
+        """Adds the partial sums of all CTAs, in order, for this CTA's share of the tokens, and stores."""
         config = self.config
         lane = thread % 32
-        g, t = lane // 4, lane % 4
         partial = Int32(base.toint()) + self.partial_offset
         member = rank % config.multicast
         split = rank // config.multicast
-        written, read = split_barriers, split_barriers + 1
-        wait_cluster(Int32(read.toint()), (tile_count + 1) % 2)  # passes at once before the first tile
-        if cutlass.const_expr(self.reuses_ring):
-            cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=32 * CONSUMER_WARPS)
-        row = warp * 16 + g
-        for j in cutlass.range_constexpr(self.tokens // 8):
-            address = partial + 4 * ((8 * j + 2 * t) * self.pitch + row)
-            for i in cutlass.range_constexpr(4):
-                store_shared_f32(address, 4 * (i % 2 * self.pitch + 8 * (i // 2)), accumulators[4 * j + i])
-        # Orders nothing that the cluster's barriers do not, but racecheck does not follow those.
-        cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=32 * CONSUMER_WARPS)
-        self.arrive_all(written, member, lane)
-        wait_cluster(Int32(written.toint()), tile_count % 2)
-
         share = (self.tokens + config.splits - 1) // config.splits
         local_row = lane * 4
         row = first_row + local_row
@@ -350,13 +347,3 @@ class Epilogue:
                 if tokens[i] < last_token and row < rows:
                     position = Int64(first + tokens[i]) * Int64(out.stride[0]) + (first_column + row)
                     store_global_words(out.iterator.toint() + position * self.element_bytes, words)
-        cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=32 * CONSUMER_WARPS)
-        self.arrive_all(read, member, lane)
-
-    @cute.jit
-    def arrive_all(self, barrier, member, lane):
-        """A warp arrives at the barrier of each CTA that shares its tile."""
-        config = self.config
-        cute.arch.sync_warp()
-        if lane < config.splits:
-            arrive_cluster(Int32(barrier.toint()), lane * config.multicast + member)

@@ -57,26 +57,6 @@ def load_cluster_f32x4(address, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def wait_cluster(barrier, phase, *, loc=None, ip=None):
-    """Waits for a phase of an mbarrier and acquires what other CTAs of the cluster wrote before they arrived."""
-    text = (
-        "{ .reg .pred p; RETRY: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$0], $1; @p bra DONE; "
-        "bra RETRY; DONE: }"
-    )
-    asm(None, _i32([barrier, phase], loc, ip), text, "r,r,~{memory}", loc, ip, True)
-
-
-@dsl_user_op
-def arrive_cluster(barrier, rank, *, loc=None, ip=None):
-    """Arrives at the mbarrier of a CTA of the cluster and releases what this thread wrote."""
-    text = (
-        "{ .reg .b32 a; mapa.shared::cluster.u32 a, $0, $1; "
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [a]; }"
-    )
-    asm(None, _i32([barrier, rank], loc, ip), text, "r,r,~{memory}", loc, ip, True)
-
-
-@dsl_user_op
 def store_shared_f32(address, offset, value, *, loc=None, ip=None):
     """One fp32 to a shared address plus a constant."""
     operands = [Int32(address).ir_value(loc=loc, ip=ip), Float32(value).ir_value(loc=loc, ip=ip)]

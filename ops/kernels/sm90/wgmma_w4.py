@@ -258,11 +258,10 @@ class WgmmaW4:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         rank = cute.arch.block_idx()[0] % self.cluster
         base = cute.arch.get_dyn_smem(Uint8, alignment=1024)
-        barriers = cute.recast_ptr(base, dtype=Int64)  # weights full, empty; activations full, empty; splits
+        barriers = cute.recast_ptr(base, dtype=Int64)  # weights full, empty; activations full, empty
         weight_full, weight_empty = barriers, barriers + self.weight_stages
         x_full = weight_empty + self.weight_stages
         x_empty = x_full + self.activation_stages
-        split_barriers = x_empty + self.activation_stages
 
         cute.arch.griddepcontrol_launch_dependents()
         if thread == 0:
@@ -272,8 +271,6 @@ class WgmmaW4:
             for i in cutlass.range_constexpr(self.activation_stages):
                 cute.arch.mbarrier_init(x_full + i, 1)
                 cute.arch.mbarrier_init(x_empty + i, CONSUMER_WARPS * config.multicast)
-            for i in cutlass.range_constexpr(2):
-                cute.arch.mbarrier_init(split_barriers + i, CONSUMER_WARPS * config.splits)
             cute.arch.mbarrier_init_fence()
         if cutlass.const_expr(self.cluster > 1):
             cute.arch.cluster_arrive()
@@ -312,11 +309,13 @@ class WgmmaW4:
                     x_atom, x_tensor, schedule, base, x_full, x_empty, block_ends, first_stage, stages, cluster_id,
                     num_clusters, rank, out,
                 )  # fmt: skip
+            if cutlass.const_expr(config.splits > 1):
+                self.epilogue.wait_for_partial_sums()
         else:
             cute.arch.setmaxregister_increase(self.consumer_registers)
             self.consume(
                 mma, code_tensors, row_scale, global_scales, schedule, bias, row_weight, partial_amax, out, limit, base,
-                weight_full, weight_empty, x_full, x_empty, split_barriers, block_ends, stages, cluster_id,
+                weight_full, weight_empty, x_full, x_empty, block_ends, stages, cluster_id,
                 num_clusters, rank, thread, warp,
             )  # fmt: skip
         if cutlass.const_expr(self.cluster > 1):  # no CTA leaves while another may write to it
@@ -497,7 +496,7 @@ class WgmmaW4:
     @cute.jit
     def consume(
         self, mma, code_tensors, row_scale, global_scales, schedule, bias, row_weight, partial_amax, out, limit, base,
-        weight_full, weight_empty, x_full, x_empty, split_barriers, block_ends, stages, cluster_id, num_clusters, rank,
+        weight_full, weight_empty, x_full, x_empty, block_ends, stages, cluster_id, num_clusters, rank,
         thread, warp,
     ):  # fmt: skip
         """Two warpgroups, or two pairs of them: decode, multiply, store."""
@@ -613,22 +612,23 @@ class WgmmaW4:
                 self.release(x_empty + last_slot, rank)
 
             if cutlass.const_expr(config.k_groups > 1):
-                self.epilogue.exchange(
-                    accumulators, base, self.exchange_offset, split_barriers, k_group, thread, tile_count
-                )
-            if k_group == 0:
-                if cutlass.const_expr(not self.is_grouped):
-                    cute.arch.griddepcontrol_wait()  # before anything but the weights is read or written
-                if cutlass.const_expr(config.splits > 1):
+                self.epilogue.exchange(accumulators, base, self.exchange_offset, k_group, thread, tile_count)
+            if cutlass.const_expr(not self.is_grouped):
+                cute.arch.griddepcontrol_wait()  # before anything but the weights is read or written
+            if cutlass.const_expr(config.splits > 1):
+                if k_group == 0:
+                    self.epilogue.store_partial_sums(accumulators, base, thread, warp)
+                self.epilogue.wait_for_partial_sums()
+                if k_group == 0:
                     self.epilogue.store_split(
-                        accumulators, base, split_barriers, row_scale, scale_address, segments, bias, out, rows,
-                        first_row, first_column, first, count, rank, thread, warp, tile_count,
+                        base, row_scale, scale_address, segments, bias, out, rows, first_row, first_column, first,
+                        count, rank, thread, warp,
                     )  # fmt: skip
-                else:
-                    largest = self.epilogue.store_whole(
-                        accumulators, base, self.epilogue_offset, row_scale, low_factor, high_factor, bias, row_weight,
-                        out, limit, rows, first_row, first_column, first, count, thread, warp, largest,
-                    )  # fmt: skip
+            elif k_group == 0:
+                largest = self.epilogue.store_whole(
+                    accumulators, base, self.epilogue_offset, row_scale, low_factor, high_factor, bias, row_weight,
+                    out, limit, rows, first_row, first_column, first, count, thread, warp, largest,
+                )  # fmt: skip
             tile_count = tile_count + 1
         if cutlass.const_expr(config.has_amax):
             self.epilogue.store_amax(largest, partial_amax, base, self.epilogue_offset, k_group, thread, warp)
