@@ -173,12 +173,7 @@ def all_kernels() -> list[Kernel]:
         *test_nvfp4_moe_gpu.wanted_kernels(),
         *test_nvfp4_grouped_mm_gpu.wanted_kernels(),
         *((f"sm90.{op}", config) for op, config in test_sm90_quantizers.quantizers()),
-        *(("sm90.wgmma_w4", config) for config in wgmma.CONFIGS),
-        *(
-            ("sm90.wgmma_w4", wgmma.Config("dense", 64, out_dtype=dtype, splits=splits))
-            for dtype, splits in (("fp32", 1), ("bf16", 4))
-        ),
-        *(("sm90.wgmma_w4", wgmma.Config("dense", 256, multicast=2, out_dtype="fp32")) for _ in range(1)),
+        *(("sm90.wgmma_w4", config) for config in (*wgmma.CONFIGS, *wgmma.ONE_HOT, *wgmma.NON_FINITE)),
         ("sm90.wgmma_w4", wgmma.grouped_config("swiglu", 64, has_row_scale=False, has_amax=True)),
     ]
     return list(

@@ -6,7 +6,6 @@ with at least 23 bits of the largest, truncated; so the sum is off by at most ``
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -162,17 +161,16 @@ def test_dense_random_shapes() -> None:
         run_dense(config, tokens, rows, k)
 
 
+ONE_HOT = [
+    Config("dense", 64, out_dtype="fp32"),
+    Config("dense", 64, out_dtype="fp32", k_groups=2, activation="bf16"),
+    Config("dense", 64, out_dtype="fp32", activation="bf16", is_interleaved=False),
+    Config("dense", 64, splits=4),
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "config",
-    [
-        Config("dense", 64, out_dtype="fp32"),
-        Config("dense", 64, out_dtype="fp32", k_groups=2, activation="bf16"),
-        Config("dense", 64, out_dtype="fp32", activation="bf16", is_interleaved=False),
-        Config("dense", 64, splits=4),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("config", ONE_HOT, ids=str)
 def test_one_hot(config: Config) -> None:
     """Guards against a permutation along K that sums hide: each output is one element of the weight, exactly."""
     k, n = 1024, 256
@@ -187,15 +185,20 @@ def test_one_hot(config: Config) -> None:
         assert torch.equal(out.double(), w[:, start : start + 64].T)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(("activation", "is_interleaved"), [("f16", True), ("bf16", True), ("bf16", False)])
-@pytest.mark.parametrize("tokens", [64, 256])
-def test_non_finite(tokens: int, activation: Any, is_interleaved: bool) -> None:
-    """Guards against a NaN scale that decodes to a number, and a NaN that leaves its row or column."""
-    multicast = 2 if tokens > 64 else 1
-    config = Config(
-        "dense", tokens, multicast=multicast, out_dtype="fp32", activation=activation, is_interleaved=is_interleaved
+NON_FINITE = [
+    Config(
+        "dense", tokens, multicast=tokens // 128 or 1, out_dtype="fp32", activation=activation, is_interleaved=ordered
     )
+    for tokens in (64, 256)
+    for activation, ordered in (("f16", True), ("bf16", True), ("bf16", False))
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", NON_FINITE, ids=str)
+def test_non_finite(config: Config) -> None:
+    """Guards against a NaN scale that decodes to a number, and a NaN that leaves its row or column."""
+    tokens, activation, is_interleaved = config.tile_tokens, config.activation, config.is_interleaved
     codes, block_scales = any_weight(384, 512)
     codes[:, :] |= 0x11  # no zero code: an infinite activation times zero is NaN
     block_scales.view(torch.uint8).clamp_(min=1)
