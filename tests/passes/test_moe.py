@@ -350,11 +350,16 @@ def run(steps: type[Steps], implementation: str, *, fires: bool) -> tuple[Any, A
     """The compiled model's result, its emulation, the emulation of the unedited one, and the graph."""
     module = v4_experts(implementation)
     gate_up, down = module.gate_up_proj.data, module.down_proj.data
-    inputs = routing()
+    for _ in range(20):  # until the edit shows: of all routings a third hide that the smallest expert is left out
+        inputs = routing()
+        edited, unedited = (
+            getattr(kind(gate_up, down, emulate=True), implementation)(*inputs) for kind in (steps, Steps)
+        )
+        if sqnr_db(edited, unedited) < OTHER_DB:
+            break
     result, graph = capture_one(Model(steps, implementation, gate_up, down), *inputs)
     assert ("moe" in graph.counts) == ("dsv4.nvfp4_moe(" in graph.after) == fires
     assert graph.counts.get("experts_grouped", 0) + graph.counts.get("experts_gathered", 0) == 2
-    edited, unedited = (getattr(kind(gate_up, down, emulate=True), implementation)(*inputs) for kind in (steps, Steps))
     return result, edited, unedited, graph
 
 
