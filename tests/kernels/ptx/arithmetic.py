@@ -11,14 +11,8 @@ import numpy as np
 
 from tests.kernels.ptx import numerics
 from tests.kernels.ptx.builder import Builder, Step, builds
-from tests.kernels.ptx.machine import (
-    _NUMBER,
-    DTYPES,
-    UNSIGNED,
-    Array,
-    Warp,
-    number,
-)
+from tests.kernels.ptx.parser import _NUMBER, DTYPES, UNSIGNED, number
+from tests.kernels.ptx.warp import Array, Warp
 
 # Moves and integers
 
