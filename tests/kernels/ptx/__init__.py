@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tests.kernels.ptx import access, arithmetic, barriers, control, copies, wgmma  # noqa: F401 - instructions
+from tests.kernels.ptx import access, arithmetic, barriers, bits, control, copies, wgmma  # noqa: F401 - instructions
 from tests.kernels.ptx.builder import build
 from tests.kernels.ptx.machine import Machine, TensorMap, Triple
 from tests.kernels.ptx.parser import Instruction, parse
