@@ -190,6 +190,11 @@ def as_bytes(x: torch.Tensor) -> Bytes:
     return x.contiguous().view(torch.uint8).numpy()
 
 
+def bits_of(x: torch.Tensor) -> list[int]:
+    """fp32 bits, sign bit included, as unsigned integers."""
+    return [bits & 0xFFFFFFFF for bits in x.flatten().view(torch.int32).tolist()]
+
+
 def as_packed(parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> Packed:
     """Codes, block scales and global scale that an operator returned."""
     return Packed(as_bytes(parts[0]), as_bytes(parts[1]), as_float64(parts[2]))

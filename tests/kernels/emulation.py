@@ -1,9 +1,9 @@
 """The Hopper kernels in plain torch, so that what launches them, ``ops/dispatch``, runs and is tested without a GPU.
 
 Under :func:`emulated_hopper` a CUDA implementation called with CPU tensors launches the functions of
-``emulated_kernels.py``. They take the arguments of a launch and do what the kernel does with them: they were written
-from the kernels' sources, not from the code that launches them. What a launch would not survive, or must not get, is an
-``AssertionError`` that names the kernel:
+``emulated_kernels.py``, ``emulated_moe.py`` and ``emulated_quantizers.py``. They take the arguments of a launch and do
+what the kernel does with them: they were written from the kernels' sources, not from the code that launches them. What
+a launch would not survive, or must not get, is an ``AssertionError`` that names the kernel:
 
 - arguments that the compiled kernel refuses: dtype, rank, sizes that must agree or divide, strides, alignment, 32-bit
   range. The rules are those of the fake tensors of the kernel's ``build``, checked as TVM FFI checks them;

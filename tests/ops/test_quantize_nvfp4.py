@@ -1,4 +1,4 @@
-"""``quantize_nvfp4`` as an operator: shapes, strides, dtypes, errors, compilation. The format is in test_nvfp4.py."""
+"""``quantize_nvfp4`` as an operator: shapes, strides, dtypes, errors, compilation. Format: test_nvfp4_quantize.py."""
 
 import math
 

@@ -10,7 +10,8 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
 from dsv4_compile.testing import Rewritten, capture
-from tests.passes.test_moe import emulated, sqnr_db
+from tests.passes.moe_programs import emulated
+from tests.passes.programs import sqnr_db
 
 E, T, H, I, TOP_K = 5, 8, 64, 32, 2  # noqa: E741
 GRANULARITIES = ("tensor", "tensor_pow2", "token")

@@ -16,9 +16,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tests.kernels.ptx import access, arithmetic, barriers, control, copies, wgmma  # noqa: F401 - instructions
+from tests.kernels.ptx import access, arithmetic, barriers, bits, control, copies, wgmma  # noqa: F401 - instructions
 from tests.kernels.ptx.builder import build
-from tests.kernels.ptx.machine import Deadlock, Instruction, Machine, PtxError, TensorMap, Triple, parse
+from tests.kernels.ptx.machine import Machine, TensorMap, Triple
+from tests.kernels.ptx.parser import Instruction, parse
+from tests.kernels.ptx.warp import Deadlock, PtxError
 
 __all__ = ["Deadlock", "PtxError", "TensorMap", "run", "unknown_instructions"]
 

@@ -13,19 +13,9 @@ from tests.kernels.ptx.arithmetic import (
     unsigned,
 )
 from tests.kernels.ptx.builder import Builder, Step, active, builds
-from tests.kernels.ptx.machine import (
-    DTYPES,
-    LOCAL_WINDOW,
-    RANK_SHIFT,
-    SHARED_BASE,
-    SHARED_WINDOW,
-    UNSIGNED,
-    Array,
-    Cta,
-    PtxError,
-    Warp,
-    bits_dtype,
-)
+from tests.kernels.ptx.machine import LOCAL_WINDOW, RANK_SHIFT, SHARED_BASE, SHARED_WINDOW, Cta
+from tests.kernels.ptx.parser import DTYPES, UNSIGNED, bits_dtype
+from tests.kernels.ptx.warp import Array, PtxError, Warp
 
 # Memory
 

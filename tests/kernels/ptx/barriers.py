@@ -8,18 +8,8 @@ import numpy as np
 
 from tests.kernels.ptx.access import _space, remote
 from tests.kernels.ptx.builder import Builder, Step, active, builds, first
-from tests.kernels.ptx.machine import (
-    MISSING,
-    RANK_SHIFT,
-    SHARED_BASE,
-    SHARED_WINDOW,
-    YIELD,
-    Blocked,
-    Cta,
-    Mbarrier,
-    PtxError,
-    Warp,
-)
+from tests.kernels.ptx.machine import RANK_SHIFT, SHARED_BASE, SHARED_WINDOW, Cta, Mbarrier
+from tests.kernels.ptx.warp import MISSING, YIELD, Blocked, PtxError, Warp
 
 # Barriers
 

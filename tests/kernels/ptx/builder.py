@@ -8,22 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from tests.kernels.ptx.machine import (
-    _NUMBER,
-    DTYPES,
-    EXIT,
-    LANES,
-    UNSIGNED,
-    YIELD,
-    Array,
-    Instruction,
-    Machine,
-    PtxError,
-    Warp,
-    bits_dtype,
-    number,
-    split_operands,
-)
+from tests.kernels.ptx.machine import Machine
+from tests.kernels.ptx.parser import _NUMBER, DTYPES, UNSIGNED, Instruction, bits_dtype, number, split_operands
+from tests.kernels.ptx.warp import EXIT, LANES, YIELD, Array, PtxError, Warp
 
 Step = Callable[[Warp, Any], Any]
 Reader = Callable[[list[Array]], Array]

@@ -8,17 +8,8 @@ import numpy as np
 
 from tests.kernels.ptx import numerics
 from tests.kernels.ptx.builder import Builder, Step, active, builds
-from tests.kernels.ptx.machine import (
-    DTYPES,
-    EXIT,
-    LANES,
-    MISSING,
-    YIELD,
-    Array,
-    Fork,
-    PtxError,
-    Warp,
-)
+from tests.kernels.ptx.parser import DTYPES
+from tests.kernels.ptx.warp import EXIT, LANES, MISSING, YIELD, Array, Fork, PtxError, Warp
 
 # Control
 

@@ -10,16 +10,9 @@ import numpy as np
 from tests.kernels.ptx.access import remote
 from tests.kernels.ptx.barriers import at_shared
 from tests.kernels.ptx.builder import Builder, Step, active, builds
-from tests.kernels.ptx.machine import (
-    SHARED_BASE,
-    Array,
-    Cta,
-    Machine,
-    PtxError,
-    TensorMap,
-    Warp,
-    split_operands,
-)
+from tests.kernels.ptx.machine import SHARED_BASE, Cta, Machine, TensorMap
+from tests.kernels.ptx.parser import split_operands
+from tests.kernels.ptx.warp import Array, PtxError, Warp
 
 # Bulk copies
 

@@ -15,7 +15,8 @@ from tests.kernels.ptx import numerics
 from tests.kernels.ptx.builder import Builder, Step, active, builds, first
 from tests.kernels.ptx.control import A_INDEX, C_BACK, C_INDEX
 from tests.kernels.ptx.copies import swizzled
-from tests.kernels.ptx.machine import MISSING, SHARED_BASE, Array, PtxError, Warp
+from tests.kernels.ptx.machine import SHARED_BASE
+from tests.kernels.ptx.warp import MISSING, Array, PtxError, Warp
 
 ROW_BYTES = {1: 128, 2: 64, 3: 32}  # of a group of eight rows, by the swizzle code of a descriptor
 CHUNK = 16
