@@ -1,4 +1,4 @@
-"""Times the variants of the decode kernel that a table in ops/dispatch/decode_mm.py is chosen from.
+"""Times the variants of the decode kernel that a table in ops/dispatch/decode_choice.py is chosen from.
 
     python benchmarks/sweep_decode_mm.py --warm             # no GPU: compiles them into the kernel cache
     python benchmarks/sweep_decode_mm.py [--tokens 1 16]    # on the GPU: checks and times them, the fastest first
@@ -19,7 +19,7 @@ from harness import measure_peaks, record
 from torch import Tensor
 
 from dsv4_compile import nvfp4
-from dsv4_compile.ops.dispatch import decode_mm
+from dsv4_compile.ops.dispatch import decode_choice, decode_mm
 from dsv4_compile.ops.dispatch.decode_mm import Config
 from dsv4_compile.ops.dispatch.moe_align import align
 from dsv4_compile.timing import copies_beyond_l2, time_variants
@@ -34,15 +34,15 @@ SMS = 132
 def dense_variants(rows: int, k: int, tokens: int, activation: Activation) -> list[Config]:
     """The table's variant, and those that ``dsv4-compile tune`` tries."""
     shape = (tokens, (rows,), k, activation, False, torch.bfloat16, activation == "packed")
-    chosen = decode_mm.choose(*shape)
-    return list(dict.fromkeys([*([] if chosen is None else [chosen]), *decode_mm.variants(*shape)]))
+    chosen = decode_choice.choose(*shape)
+    return list(dict.fromkeys([*([] if chosen is None else [chosen]), *decode_choice.variants(*shape)]))
 
 
 def grouped_variants(is_gate_up: bool) -> Iterator[Config]:
     """Variants of one of the two products of experts."""
     k, out_dtype = (HIDDEN, torch.bfloat16) if is_gate_up else (INTERMEDIATE, torch.float32)
-    for block in decode_mm.GROUPED_BLOCKS:
-        config = decode_mm.choose_grouped(block, k, is_gate_up, is_gate_up, False, out_dtype)
+    for block in decode_choice.GROUPED_BLOCKS:
+        config = decode_choice.choose_grouped(block, k, is_gate_up, is_gate_up, False, out_dtype)
         if config is not None:
             yield config
 
@@ -104,7 +104,7 @@ def sweep_grouped(tokens: int) -> list[dict[str, Any]]:
     variants: dict[Any, list[Callable[[], Any]]] = {}
     for _ in range(4):
         ids = torch.stack([torch.randperm(EXPERTS, device="cuda")[:TOP_K] for _ in range(tokens)])
-        alignment = align(ids, EXPERTS, decode_mm.GROUPED_TILE_ROWS)
+        alignment = align(ids, EXPERTS, decode_choice.GROUPED_TILE_ROWS)
         x, x_scales, x_scale = nvfp4.quantize(torch.randn(tokens, HIDDEN, device="cuda"))
         h = torch.randn(slots, INTERMEDIATE, device="cuda").bfloat16()
         y = torch.empty(slots, HIDDEN, device="cuda")

@@ -18,7 +18,7 @@ from torch import Tensor
 from dsv4_compile import nvfp4, ops, tuning
 from dsv4_compile.cli import main
 from dsv4_compile.demo import demo_model
-from dsv4_compile.ops.dispatch import decode_mm, nvfp4_mm, nvfp4_moe
+from dsv4_compile.ops.dispatch import decode_choice, nvfp4_mm, nvfp4_moe
 from dsv4_compile.ops.dispatch import tuning as answers
 from dsv4_compile.ops.dispatch.tuning import Answer, Question
 from dsv4_compile.ops.kernels import cache
@@ -119,7 +119,7 @@ def test_a_variant_decides_what_runs() -> None:
             name for name, kernels in launched.items() if any(kernel == "sm90.decode_mm" for kernel, _ in kernels)
         }
         assert decode == {name for name in question.variants if name.startswith("decode")}
-        assert bool(decode) == (tokens <= decode_mm.MAX_TOKENS)
+        assert bool(decode) == (tokens <= decode_choice.MAX_TOKENS)
 
 
 def test_variants_of_experts() -> None:

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from dsv4_compile.ops.dispatch import decode_mm, fresh_weights, tuning
+from dsv4_compile.ops.dispatch import decode_choice, decode_mm, fresh_weights, tuning
 from dsv4_compile.ops.dispatch.alignment import aligned
 from dsv4_compile.ops.dispatch.expand import expand
 from dsv4_compile.ops.dispatch.expand_groups import expand_groups
@@ -101,7 +101,7 @@ def _question(
         return _decode_config(plan.block, k, is_packed, has_schedule, out_dtype) is not None
 
     plans = grouped_plans(
-        rows, groups, decode_mm.GROUPED_TILE_ROWS, fits if read_by_decode else None, DECODE_AVERAGE_ROWS
+        rows, groups, decode_choice.GROUPED_TILE_ROWS, fits if read_by_decode else None, DECODE_AVERAGE_ROWS
     )
     key = (
         f"groups {tuning.bucket(rows)} rows of {groups} x {n} x {k} {decode_mm.OUT_DTYPE_NAMES[out_dtype]}"
@@ -114,7 +114,7 @@ def _question(
 def _decode_config(
     block: tuple[int, int, int], k: int, is_packed: bool, has_schedule: bool, out_dtype: torch.dtype
 ) -> decode_mm.Config | None:
-    return decode_mm.choose_grouped(block, k, is_packed, False, False, out_dtype, has_schedule)
+    return decode_choice.choose_grouped(block, k, is_packed, False, False, out_dtype, has_schedule)
 
 
 def _one_or_all(row_scale: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsv4_compile import nvfp4
-from dsv4_compile.ops.dispatch import decode_mm, fresh_weights, tuning, wgmma_choice
+from dsv4_compile.ops.dispatch import decode_choice, decode_mm, fresh_weights, tuning, wgmma_choice
 from dsv4_compile.ops.dispatch.alignment import aligned
 from dsv4_compile.ops.dispatch.expand import expand
 from dsv4_compile.ops.dispatch.interleave import interleave
@@ -154,8 +154,8 @@ def _question(
     variants: dict[str, decode_mm.Config | tuple[Part, ...]] = {}
     default = None
     shape = (tokens, weight_rows, k, activation, has_bias, out_dtype, has_row_scale)
-    if read_by_decode and (default := decode_mm.choose(*shape)) is not None:
-        variants = {config.block_name: config for config in (default, *decode_mm.variants(*shape))}
+    if read_by_decode and (default := decode_choice.choose(*shape)) is not None:
+        variants = {config.block_name: config for config in (default, *decode_choice.variants(*shape))}
     if read_by_wgmma:
         products: tuple[int, tuple[int, ...], int, int, Activation]
         products = (tokens, weight_rows, k, sms, "f16" if activation == "packed" else "bf16")

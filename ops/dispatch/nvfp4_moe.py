@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dsv4_compile.ops.dispatch import decode_mm, tuning
+from dsv4_compile.ops.dispatch import decode_choice, decode_mm, tuning
 from dsv4_compile.ops.dispatch.alignment import aligned
 from dsv4_compile.ops.dispatch.expand import expand
 from dsv4_compile.ops.dispatch.grouped_unaligned import grouped_unaligned
@@ -36,12 +36,12 @@ class Plan:
     Attributes:
         path: ``decode`` for few rows an expert, ``wgmma`` for many, or ``unaligned`` for widths that TMA cannot read.
         tile_rows: the most rows of a tile.
-        block: of the decode kernel, see :func:`decode_mm.choose_grouped`.
+        block: of the decode kernel, see :func:`decode_choice.choose_grouped`.
     """
 
     path: Literal["decode", "wgmma", "unaligned"]
     tile_rows: int
-    block: tuple[int, int, int] = decode_mm.GROUPED_MANY
+    block: tuple[int, int, int] = decode_choice.GROUPED_MANY
 
     @property
     def name(self) -> str:
@@ -183,7 +183,7 @@ def _question(
         return all(_decode_config(plan, k, is_gate_up, False, torch.bfloat16) is not None for k, is_gate_up in products)
 
     # The rows of one token have an expert each.
-    tile_rows = 1 if is_one_token else decode_mm.GROUPED_TILE_ROWS
+    tile_rows = 1 if is_one_token else decode_choice.GROUPED_TILE_ROWS
     plans = grouped_plans(rows, experts, tile_rows, fits if read_by_decode else None)
     key = (
         f"experts {tuning.bucket(rows)} rows of {experts} x {hidden} x {intermediate}"
@@ -213,8 +213,8 @@ def grouped_plans(
     wgmma += [Plan("wgmma", tile) for tile in TILE_TOKENS if tile != wgmma[0].tile_rows]
     if fits is None or rows > TUNED_DECODE_AVERAGE_ROWS * hit:
         return wgmma
-    first = decode_mm.grouped_block(rows)
-    blocks = [first, *(block for block in decode_mm.GROUPED_BLOCKS if block != first)]
+    first = decode_choice.grouped_block(rows)
+    blocks = [first, *(block for block in decode_choice.GROUPED_BLOCKS if block != first)]
     decode = [plan for block in blocks if fits(plan := Plan("decode", tile_rows, block))]
     is_decode = rows <= decode_average_rows * hit and decode and decode[0].block == first
     return [*decode, *wgmma] if is_decode else [*wgmma, *decode]
@@ -224,7 +224,7 @@ def _decode_config(
     plan: Plan, k: int, is_gate_up: bool, has_row_weight: bool, out_dtype: torch.dtype
 ) -> decode_mm.Config | None:
     # The schedule is older than the first product, whose end requantisation waits for before it lets the second begin.
-    return decode_mm.choose_grouped(
+    return decode_choice.choose_grouped(
         plan.block, k, is_gate_up, is_gate_up, has_row_weight, out_dtype, tile_rows=plan.tile_rows,
         has_old_schedule=not is_gate_up,
     )  # fmt: skip

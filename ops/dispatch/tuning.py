@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_compile.ops.dispatch.decode_mm import TOKEN_SLOTS
+from dsv4_compile.ops.dispatch.decode_choice import TOKEN_SLOTS
 from dsv4_compile.ops.kernels import cache
 
 log = logging.getLogger("dsv4_compile")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dsv4_compile import nvfp4
-from dsv4_compile.ops.dispatch import decode_mm, fresh_weights, grouped_wgmma
-from dsv4_compile.ops.dispatch.decode_mm import choose
+from dsv4_compile.ops.dispatch import decode_choice, decode_mm, fresh_weights, grouped_wgmma
+from dsv4_compile.ops.dispatch.decode_choice import choose
 from dsv4_compile.ops.dispatch.expand import expand
 from dsv4_compile.ops.dispatch.moe_align import align
 from dsv4_compile.ops.dispatch.moe_combine import combine
@@ -94,7 +94,7 @@ def test_tiles_outside() -> None:
     def multiply(rows: list[list[int]], tile_rows: int) -> None:
         schedule = torch.tensor([*rows, [-1] * 4], dtype=torch.int32)
         if tile_rows == 8:
-            config = decode_mm.choose_grouped(decode_mm.GROUPED_FEW, 256, False, False, False, torch.float32)
+            config = decode_choice.choose_grouped(decode_choice.GROUPED_FEW, 256, False, False, False, torch.float32)
             decode_mm.grouped_decode_mm(config, x, None, scale[:1], codes, scales, scale.view(2, 1), schedule, out)
         else:
             grouped_wgmma.grouped_wgmma(x.half(), None, codes, scales, scale, schedule, tile_rows, out)

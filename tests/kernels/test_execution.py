@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4_compile.ops.dispatch import decode_mm
+from dsv4_compile.ops.dispatch import decode_choice
 from dsv4_compile.ops.kernels import cache
 from tests.kernels import execution
 from tests.kernels.emulation import assert_as_on_cpu
@@ -103,7 +103,7 @@ def test_many_tokens_with_bf16_activations(tokens: int) -> None:
 
 def test_a_cluster_that_shares_k(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against sums of CTAs that arrive late or twice: shared memory of other CTAs, cluster barriers."""
-    monkeypatch.setattr(decode_mm, "SPLITS", (2,))
+    monkeypatch.setattr(decode_choice, "SPLITS", (2,))
     activation, weights = dense_operands(4, [40], 1024)
     assert_code_agrees(ops.nvfp4_mm.default, *activation, *weights, None, torch.bfloat16, seeds=(0, 5))
     for tokens in (1, 9):

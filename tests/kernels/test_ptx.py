@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsv4_compile.ops.dispatch import decode_mm
+from dsv4_compile.ops.dispatch import decode_choice
 from dsv4_compile.ops.dispatch.expand import ExpandConfig
 from dsv4_compile.ops.dispatch.moe_align import AlignConfig, ScheduleConfig
 from dsv4_compile.ops.dispatch.moe_combine import CombineConfig
@@ -137,8 +137,8 @@ def test_atomics() -> None:
 # Kernels
 
 KERNELS: list[tuple[str, Any]] = [
-    ("decode_mm", decode_mm.choose(1, (32,), 512, "packed", False, torch.bfloat16, True)),
-    ("decode_mm", decode_mm.choose(8, (4096,), 4096, "bf16", True, torch.bfloat16, False)),
+    ("decode_mm", decode_choice.choose(1, (32,), 512, "packed", False, torch.bfloat16, True)),
+    ("decode_mm", decode_choice.choose(8, (4096,), 4096, "bf16", True, torch.bfloat16, False)),
     ("expand", ExpandConfig(True)),
     ("quantize_nvfp4", AmaxConfig("bfloat16")),
     ("quantize_nvfp4", FlatConfig("float16")),

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dsv4_compile import nvfp4
-from dsv4_compile.ops.dispatch import decode_mm
-from dsv4_compile.ops.dispatch.decode_mm import Config, choose, choose_grouped, grouped_block
+from dsv4_compile.ops.dispatch import decode_choice, decode_mm
+from dsv4_compile.ops.dispatch.decode_choice import choose, choose_grouped, grouped_block
+from dsv4_compile.ops.dispatch.decode_mm import Config
 from dsv4_compile.ops.kernels import compilation
 
 Packed = tuple[Tensor, Tensor, Tensor]
@@ -27,7 +28,7 @@ V4_SHAPES = [
 @pytest.mark.parametrize(("rows", "k"), V4_SHAPES)
 def test_variant_fits(rows: tuple[int, ...], k: int, activation: str) -> None:
     """Guards against a variant that a launch refuses, and against a shape of V4 that decodes on no variant at all."""
-    for tokens in range(1, decode_mm.MAX_TOKENS + 1):
+    for tokens in range(1, decode_choice.MAX_TOKENS + 1):
         config = choose(tokens, rows, k, activation, False, torch.bfloat16, True)  # type: ignore[arg-type]
         if config is None:
             assert tokens > 16
@@ -41,7 +42,7 @@ def test_variant_fits(rows: tuple[int, ...], k: int, activation: str) -> None:
 
 def test_refuses() -> None:
     """Guards against a kernel asked for what it does not read."""
-    assert choose(decode_mm.MAX_TOKENS + 1, [4096], 4096, "packed", False, torch.bfloat16, True) is None
+    assert choose(decode_choice.MAX_TOKENS + 1, [4096], 4096, "packed", False, torch.bfloat16, True) is None
     assert choose(1, [4096], 4096 + 16, "packed", False, torch.bfloat16, True) is None
     assert choose(0, [4096], 4096, "packed", False, torch.bfloat16, True) is None
     assert choose_grouped(grouped_block(8), 4096 + 128, True, True, False, torch.bfloat16) is None
@@ -188,7 +189,7 @@ def moe_configs(tokens: int, experts: int, top_k: int, hidden: int, intermediate
 
 
 def moe_tile_rows(tokens: int) -> int:
-    return 1 if tokens == 1 else decode_mm.GROUPED_TILE_ROWS
+    return 1 if tokens == 1 else decode_choice.GROUPED_TILE_ROWS
 
 
 def schedule_of(ids: Tensor, experts: int, tile_rows: int) -> tuple[Tensor, Tensor, list[tuple[int, slice]]]:

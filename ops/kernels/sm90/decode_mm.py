@@ -25,36 +25,33 @@ One token fills the columns of a product differently: those of each member of a 
 zeros elsewhere. So the sums of different blocks stay apart, and are multiplied by the scales instead of the weights.
 In bf16 the codes then still lack 2^126, which the activations get (:meth:`Activations.scale_up`).
 
-Partial sums of warps and of the CTAs of a cluster are added in a fixed order: the same bits on every run.
+``decode_activations.py`` brings the activations to shared memory; ``decode_epilogue.py`` adds what lanes, warps and
+CTAs summed up, and stores.
 """
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint8
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8
 from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from dsv4_compile.ops.dispatch.decode_mm import BARRIER_BYTES, MAX_STAGES, STEP_K
 from dsv4_compile.ops.kernels.sm90 import numerics
 from dsv4_compile.ops.kernels.sm90.decode_activations import CHUNKS, CONSUMERS_BARRIER, STEP_BYTES, Activations
+from dsv4_compile.ops.kernels.sm90.decode_epilogue import OUT_DTYPES, Epilogue
 from dsv4_compile.ops.kernels.sm90.instructions import (
     EXPONENTS,
     Decoder,
-    add_f32,
     decode_two_scales,
-    load_cluster_f32,
     load_global_f32,
     load_global_i32,
-    load_shared_f32,
     load_shared_u16,
     load_shared_v2,
     load_shared_v4,
     mma,
     multiply_add_f32,
-    multiply_f32,
     multiply_pair,
     permute,
-    store_shared_f32,
     store_shared_v4,
     two_scales_f32,
 )
@@ -66,10 +63,11 @@ SHARED_KIB = 227  # of a multiprocessor, for CTAs
 ZERO_BYTES = STEP_BYTES
 ZERO_OFFSET = BARRIER_BYTES - ZERO_BYTES
 assert (2 * MAX_STAGES + CHUNKS) * 8 <= ZERO_OFFSET
-OUT_DTYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
 
 
 class DecodeMM(Activations):
+    """The kernel of a configuration: entry points, layout of shared memory, producer, and the products of consumers."""
+
     def __init__(self, config):
         self.config = config
         self.is_grouped = config.mode != "dense"
@@ -81,8 +79,6 @@ class DecodeMM(Activations):
         self.part_rows = self.block_rows // self.parts
         self.warps = config.row_warps * config.k_warps
         self.threads = 32 * self.warps
-        self.pitch = self.block_rows + 4  # floats between tokens in the reduction buffer: no bank conflicts
-        self.reduction_bytes = 4 * config.k_warps * self.slots * self.pitch
         self.stage_scale_bytes = SCALE_BYTES * config.stage_steps  # of a row
         self.stage_bytes = self.block_rows * (CODE_BYTES * config.stage_steps + self.stage_scale_bytes)
         # Stages go round the classes of warp groups that read them; a class has slots of its own.
@@ -108,7 +104,7 @@ class DecodeMM(Activations):
         is_tightest = is_tight and config.row_tiles > 1 and (config.num_weights > 1 or not self.is_copied)
         self.min_blocks = 0 if is_tightest else SHARED_KIB // config.smem_kib
         self.is_scaled_up = self.is_copied and self.has_columns_per_member
-        self.correction = 2.0 ** (decoded_operands * EXPONENTS[self.dtype])
+        self.epilogue = Epilogue(config, 2.0 ** (decoded_operands * EXPONENTS[self.dtype]))
 
     @cute.jit
     def dense(
@@ -241,7 +237,7 @@ class DecodeMM(Activations):
         token_bytes = most_steps * STEP_BYTES + config.token_gap_bytes
         activation_bytes = token_bytes * self.slots
         reduction = activations + activation_bytes
-        ring_offset = (BARRIER_BYTES + activation_bytes + self.reduction_bytes + 1023) // 1024 * 1024
+        ring_offset = (BARRIER_BYTES + activation_bytes + self.epilogue.reduction_bytes + 1023) // 1024 * 1024
         stages = (config.smem_kib * 1024 - ring_offset) // self.stage_bytes
         class_slots = cutlass.min(stages, MAX_STAGES) // self.classes
         ring = Int32(base.toint()) + ring_offset  # all code tiles, then all scale tiles
@@ -442,7 +438,7 @@ class DecodeMM(Activations):
         first_scales = []
         arrivals = barriers + 2 * MAX_STAGES  # of chunks of copied activations
         arrived = Int32(0)  # steps
-        undo = Float32(1.0)
+        undo = None  # what sums are multiplied by where activations are scaled up
         if cutlass.const_expr(not self.is_grouped):
             first_scales = [global_scales[i][0] for i in range(config.num_weights)]  # constants: before the wait
             cute.arch.griddepcontrol_wait()
@@ -538,34 +534,15 @@ class DecodeMM(Activations):
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(barriers + MAX_STAGES + slot)
 
-            if cutlass.const_expr(self.has_columns_per_member):  # each lane of a quad has other blocks
-                for tile_row in cutlass.range_constexpr(config.row_tiles):
-                    for i in cutlass.range_constexpr(0, 4, 2):
-                        total = accumulators[i, 0, tile_row]
-                        for distance in cutlass.range_constexpr(1, 3):
-                            total = add_f32(total, cute.arch.shuffle_sync_bfly(total, distance))
-                        accumulators[i, 0, tile_row] = total
-            for n in cutlass.range_constexpr(self.token_tiles):
-                for tile_row in cutlass.range_constexpr(config.row_tiles):
-                    for i in cutlass.range_constexpr(4):
-                        value = accumulators[i, n, tile_row]
-                        if cutlass.const_expr(self.is_scaled_up):
-                            value = multiply_f32(value, undo)
-                        column = n * 8 + member * 2 + i % 2
-                        if column < self.slots:
-                            store_shared_f32(
-                                reduction
-                                + 4 * ((group * self.slots + column) * self.pitch + row + tile_row * 16 + i // 2 * 8),
-                                value,
-                            )
-            self.synchronise()
+            self.epilogue.store_partial_sums(accumulators, undo, reduction, group, row, member)
+            self.epilogue.synchronise()
             if cutlass.const_expr(self.is_swiglu):
-                largest = self.store_swiglu(
-                    global_scales[0], row_scale, first_row_scale, routing, out, reduction, block, expert, first_row,
-                    tokens, thread, largest,
+                largest = self.epilogue.store_swiglu(
+                    global_scales[0], row_scale, first_row_scale, routing[2], routing[5], out, reduction, block, expert,
+                    first_row, tokens, thread, largest,
                 )  # fmt: skip
             elif cutlass.const_expr(self.is_grouped):
-                self.store_grouped(
+                self.epilogue.store_grouped(
                     global_scales[0], row_scale, first_row_scale, out, reduction, block, code_tensors[0].shape[0],
                     expert, first_row, tokens, thread,
                 )  # fmt: skip
@@ -575,15 +552,15 @@ class DecodeMM(Activations):
                 for i in cutlass.range_constexpr(config.num_weights):
                     rows = code_tensors[i].shape[0]
                     if block >= start and block < ends[i]:
-                        self.store(
+                        self.epilogue.store(
                             global_scales[i], first_scales[i], row_scale, first_row_scale, bias, out, reduction,
                             (block - start) * self.block_rows, rows, column, tokens, rank, thread,
                         )  # fmt: skip
                     start = ends[i]
                     column = column + rows
-            self.synchronise()
+            self.epilogue.synchronise()
         if cutlass.const_expr(self.is_swiglu):
-            self.store_amax(largest, routing[3], reduction, thread, warp)
+            self.epilogue.store_amax(largest, routing[3], reduction, thread, warp)
 
     def tile(self, routing, tile):
         """Expert, first row and number of rows of a tile."""
@@ -594,14 +571,6 @@ class DecodeMM(Activations):
         tiles = (group_rows + self.slots - 1) // self.slots
         expert, start = tile // tiles, tile % tiles * self.slots
         return expert, expert * group_rows + start, cutlass.min(group_rows - start, self.slots)
-
-    def synchronise(self):
-        """All consumers of the CTA, or of the cluster."""
-        if self.config.splits > 1:
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
-        else:
-            cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=self.threads)
 
     @cute.jit
     def multiply_step(self, decoder, accumulators, codes, scales, columns, lane_places):
@@ -671,133 +640,6 @@ class DecodeMM(Activations):
             rows = (low[2 * p], high[2 * p], low[2 * p + 1], high[2 * p + 1])
             c = mma(c, rows, (columns[2 * p], columns[2 * p + 1]), self.dtype)
         return c
-
-    @cute.jit
-    def store(
-        self,
-        global_scale,
-        first_scale,
-        row_scale,
-        first_row_scale,
-        bias,
-        out,
-        reduction,
-        first_row,
-        rows,
-        first_column,
-        tokens,
-        rank,
-        thread,
-    ):
-        """Adds the partial sums of a block of rows, each CTA of a cluster those of a part of them, and stores."""
-        config = self.config
-        part = self.block_rows // config.splits
-        segments = global_scale.shape[0]
-        segment_rows = rows // segments
-        for index in cutlass.range(thread, tokens * part, self.threads, unroll=1):
-            token = index // part
-            local = index % part + rank * part
-            row = first_row + local
-            if row < rows:
-                weight_scale = first_scale
-                if segments > 1:
-                    weight_scale = global_scale[row // segment_rows]
-                alpha = multiply_f32(self.scale_of_row(row_scale, first_row_scale, token), weight_scale)
-                value = multiply_f32(self.total(reduction, token, local), alpha)
-                if cutlass.const_expr(config.has_bias):
-                    value = add_f32(value, bias[first_column + row].to(Float32))
-                out[token, first_column + row] = value.to(OUT_DTYPES[config.out_dtype])
-
-    @cute.jit
-    def store_grouped(
-        self, global_scale, row_scale, first_row_scale, out, reduction, block, rows, expert, first_row, tokens, thread
-    ):
-        """As :meth:`store`, for the rows of a tile and the weight of an expert."""
-        segment_rows = rows // global_scale.shape[1]
-        for index in cutlass.range(thread, tokens * self.block_rows, self.threads, unroll=1):
-            token = index // self.block_rows
-            local = index % self.block_rows
-            row = block * self.block_rows + local
-            if row < rows:
-                scale = self.scale_of_row(row_scale, first_row_scale, first_row + token)
-                alpha = multiply_f32(scale, global_scale[expert, row // segment_rows])
-                value = multiply_f32(self.total(reduction, token, local), alpha)
-                out[first_row + token, row] = value.to(OUT_DTYPES[self.config.out_dtype])
-
-    @cute.jit
-    def store_swiglu(
-        self,
-        global_scale,
-        row_scale,
-        first_row_scale,
-        routing,
-        out,
-        reduction,
-        block,
-        expert,
-        first_row,
-        tokens,
-        thread,
-        largest,
-    ):
-        """``silu(min(gate, L)) * clamp(up, -L, L)`` of a block; returns the largest finite result so far."""
-        dtype = OUT_DTYPES[self.config.out_dtype]
-        limit = routing[5]
-        gate_scale = global_scale[expert, 0]
-        up_scale = global_scale[expert, global_scale.shape[1] - 1]
-        for index in cutlass.range(thread, tokens * self.part_rows, self.threads, unroll=1):
-            token = index // self.part_rows
-            local = index % self.part_rows
-            column = block * self.part_rows + local
-            if column < out.shape[1]:
-                scale = self.scale_of_row(row_scale, first_row_scale, first_row + token)
-                gate = multiply_f32(self.total(reduction, token, local), multiply_f32(scale, gate_scale))
-                up = multiply_f32(self.total(reduction, token, self.part_rows + local), multiply_f32(scale, up_scale))
-                value = numerics.swiglu(gate, up, limit)
-                if cutlass.const_expr(self.config.has_row_weight):
-                    value = multiply_f32(value, load_global_f32(routing[2].iterator.toint() + (first_row + token) * 4))
-                rounded = value.to(dtype)
-                out[first_row + token, column] = rounded
-                magnitude = numerics.absolute(rounded.to(Float32))
-                if magnitude < Float32(float("inf")):
-                    largest = numerics.larger(largest, magnitude)
-        return largest
-
-    @cute.jit
-    def store_amax(self, largest, partial_amax, reduction, thread, warp):
-        """The largest of all consumer threads to this CTA's element."""
-        of_warp = numerics.from_bits(
-            numerics.largest_of_warp(numerics.bits(largest))
-        )  # not negative: bits order as values
-        if thread % 32 == 0:
-            store_shared_f32(reduction + warp * 4, of_warp)
-        cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=self.threads)
-        if thread == 0:
-            for i in cutlass.range_constexpr(self.warps):
-                of_warp = numerics.larger(of_warp, load_shared_f32(reduction + i * 4))
-            partial_amax[cute.arch.block_idx()[0]] = of_warp
-
-    @cute.jit
-    def scale_of_row(self, row_scale, first_row_scale, row):
-        """The activation's global scale of a row: one a row, or one for all."""
-        scale = first_row_scale
-        if cutlass.const_expr(self.config.has_row_scale):  # noqa: SIM102 - known when compiling, the other is not
-            if row_scale.shape[0] > 1:
-                scale = load_global_f32(row_scale.iterator.toint() + Int64(row) * 4)
-        return scale
-
-    def total(self, reduction, token, local):
-        """The partial sums of a token and a row of the block, added in order, without the powers of two of decoding."""
-        total = Float32(0.0)
-        address = reduction + 4 * (token * self.pitch + local)
-        for peer in range(self.config.splits):
-            for k_warp in range(self.config.k_warps):
-                place = address + 4 * k_warp * self.slots * self.pitch
-                if self.config.splits > 1:
-                    total = add_f32(total, load_cluster_f32(place, Int32(peer)))
-                else:
-                    total = add_f32(total, load_shared_f32(place))
-        return multiply_f32(total, Float32(self.correction))
 
     def scaled(self, decoder, word, factor):
         """A word of eight codes times their block scale, as four registers of two values."""

@@ -34,21 +34,26 @@ def decode_f16(machine, word):
 
 def decode_bf16(machine, word):
     """Eight codes to four registers of bf16, as they lie: codes (0, 1), (2, 3), (4, 5), (6, 7)."""
-    # A byte's upper nibble with its sign in all bits above it; the word moved by four has the lower nibbles there.
     lower = machine.shift_left(word, 4)
-    pairs = [machine.permute(lower, word, byte * 0x1111 + 0xC480) for byte in range(4)]
-    return tuple(machine.mask(machine.shift_left(pair, BF16_LOWEST - 4), SIGN | BF16_MAGNITUDE) for pair in pairs)
-
-
-def byte_selector(byte):
-    """The selector of :func:`decode_byte_of` for a byte of the word, 0 to 3."""
-    return byte * 0x1111 + 0xC480  # it, its sign eight times, and the same of the other word
+    pairs = [machine.permute(lower, word, byte_selector(byte)) for byte in range(4)]
+    return tuple(_bf16_of_bytes(machine, pair) for pair in pairs)
 
 
 def decode_byte_of(machine, word, selector):
-    """The two codes of a byte of a word to a register of bf16, the low nibble's low."""
-    # The upper nibble of a byte with its sign in all bits above it; a word moved by four has the low nibbles there.
-    pair = machine.permute(machine.shift_left(word, 4), word, selector)
+    """The two codes of a byte of a word, by its :func:`byte_selector`, to a register of bf16, the low nibble's low."""
+    return _bf16_of_bytes(machine, machine.permute(machine.shift_left(word, 4), word, selector))
+
+
+def byte_selector(byte):
+    """The selector that picks the two codes of a byte of a word, 0 to 3, out of the word moved left by four and itself.
+
+    Each code becomes the upper nibble of a byte with its sign in all bits above it, the low nibble's in the lower half.
+    """
+    return byte * 0x1111 + 0xC480  # from the lowest: the moved word's byte, its sign eight times, and those of the word
+
+
+def _bf16_of_bytes(machine, pair):
+    """The upper nibble of each half's low byte to bf16, its sign in all bits above."""
     return machine.mask(machine.shift_left(pair, BF16_LOWEST - 4), SIGN | BF16_MAGNITUDE)
 
 
