@@ -4,8 +4,9 @@
     python benchmarks/sweep_wgmma.py [--tokens 64 256] [--experts-tokens 256]   # on the GPU: the fastest first
 
 Dense products of three shapes of DeepSeek V4 with bf16 and with quantised activations, the interleaving launch in front
-included, against cuBLAS bf16 in the same run; and ``nvfp4_moe`` of Flash's experts (256, top-6) by tile and by how a
-multiprocessor is shared. Each variant is first compared with the first one. Weights rotate through more than the L2.
+included, against cuBLAS bf16 in the same run; ``nvfp4_grouped_mm`` of 8 groups; and ``nvfp4_moe`` of Flash's experts
+(256, top-6), by tile and by how a multiprocessor is shared. Each variant is first compared with the first one. Weights
+rotate through more than the L2.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from harness import measure_peaks, record
 from sweep_decode_mm import EXPERTS, HIDDEN, INTERMEDIATE, SHAPES, TOP_K, random_weights
 
 from dsv4_compile import nvfp4
-from dsv4_compile.ops import nvfp4_moe
+from dsv4_compile.ops import nvfp4_grouped_mm, nvfp4_moe
 from dsv4_compile.ops.dispatch import grouped_wgmma, tuning
 from dsv4_compile.ops.dispatch.interleave import InterleaveConfig, interleave
 from dsv4_compile.ops.dispatch.nvfp4_moe import Plan
@@ -31,28 +32,32 @@ from dsv4_compile.ops.dispatch.wgmma_w4 import Config, fits, launch_dense
 from dsv4_compile.timing import copies_beyond_l2, time_variants
 
 BYTES_A_WEIGHT = 0.5625
-# Tile, k groups, CTAs a multiprocessor: those whose rings fit.
-SHARES = ((64, 1, 2), (64, 2, 1), (128, 2, 1), (128, 1, 1), (256, 1, 1))
+# Tile, k groups, CTAs a multiprocessor, teams: those whose rings and registers fit.
+SHARES = ((64, 1, 2, 1), (64, 2, 1, 1), (128, 2, 1, 1), (128, 1, 1, 1), (128, 1, 1, 2), (256, 1, 1, 1))
 SPLITS = {64: (1, 2, 3, 4), 128: (1, 2, 3), 256: (1, 2)}
-EXPERT_SHARES = ((16, 1, 3), (32, 1, 2), (32, 2, 1), (64, 1, 2), (64, 2, 1), (128, 2, 1), (128, 1, 1), (256, 1, 1))
+EXPERT_SHARES = (
+    (16, 1, 3, 1), (32, 1, 2, 1), (32, 2, 1, 1), (64, 1, 2, 1), (64, 2, 1, 1), (64, 1, 1, 2), (128, 2, 1, 1),
+    (128, 1, 1, 1), (128, 1, 1, 2), (256, 1, 1, 1),
+)  # fmt: skip
 GROUPS = (2, 4)
 
 
 def dense_configs(activation: str) -> Iterator[Config]:
     """Variants of a dense product."""
-    for (tile, k_groups, ctas), group, is_interleaved in itertools.product(SHARES, GROUPS, (True, False)):
+    for (tile, k_groups, ctas, teams), group, is_interleaved in itertools.product(SHARES, GROUPS, (True, False)):
         if not is_interleaved and (group > 2 or activation == "f16"):
             continue
-        for splits in SPLITS[tile]:
+        for splits in SPLITS[tile] if teams == 1 else (1,):
             yield Config(
                 "dense", tile, splits=splits, has_row_scale=activation == "f16", ctas_per_sm=ctas, k_groups=k_groups,
-                group=group, activation=activation, is_interleaved=is_interleaved,  # type: ignore[arg-type]
+                teams=teams, group=group, activation=activation, is_interleaved=is_interleaved,  # type: ignore[arg-type]
             )  # fmt: skip
 
 
 def name_of(config: Config) -> str:
     return (
-        f"{config.tile_tokens} tokens, {config.k_groups} k groups, {config.ctas_per_sm} CTAs, {config.splits} splits, "
+        f"{config.tile_tokens} tokens, {config.k_groups} k groups, {config.ctas_per_sm} CTAs, "
+        f"{config.teams} teams, {config.splits} splits, "
         f"groups of {config.group}{'' if config.is_interleaved else ', in order'}"
     )
 
@@ -96,23 +101,35 @@ def sweep_dense(rows: int, k: int, tokens: int, activation: str) -> list[dict[st
 
 
 @contextlib.contextmanager
-def shared(k_groups: int, ctas: int, group: int) -> Iterator[None]:
-    """Grouped launches share a multiprocessor in this way."""
+def changed(changes: dict[str, Any]) -> Iterator[None]:
+    """Grouped launches run on other variants than the table's."""
     original = grouped_wgmma.config_of
 
     def config_of(*args: Any, **kwargs: Any) -> Config:
-        return replace(original(*args, **kwargs), k_groups=k_groups, ctas_per_sm=ctas, group=group)
+        return replace(original(*args, **kwargs), **changes)
 
     with mock.patch.object(grouped_wgmma, "config_of", config_of):
         yield
 
 
-def expert_configs() -> Iterator[Config]:
-    """Variants of both products of experts."""
-    for (tile, k_groups, ctas), group in itertools.product(EXPERT_SHARES, GROUPS):
-        for mode, out_dtype in (("swiglu", "bf16"), ("grouped", "fp32")):
-            config = grouped_wgmma.config_of(mode, tile, out_dtype, has_amax=mode == "swiglu")
-            yield replace(config, k_groups=k_groups, ctas_per_sm=ctas, group=group)
+def grouped_choices() -> Iterator[tuple[int, dict[str, Any]]]:
+    """(tile, changes) of grouped launches."""
+    for (tile, k_groups, ctas, teams), group in itertools.product(EXPERT_SHARES, GROUPS):
+        for multicast in (1, 2) if tile >= 128 else (1,):
+            yield tile, {
+                "k_groups": k_groups, "ctas_per_sm": ctas, "teams": teams, "group": group, "multicast": multicast,
+            }  # fmt: skip
+
+
+def name_of_choice(tile: int, changes: dict[str, Any]) -> str:
+    return f"wgmma {tile}, " + ", ".join(f"{name} {int(value)}" for name, value in changes.items())
+
+
+def grouped_configs() -> Iterator[Config]:
+    """Variants of both products of experts and of groups."""
+    for tile, changes in grouped_choices():
+        for mode, out_dtype in (("swiglu", "bf16"), ("grouped", "fp32"), ("grouped", "bf16")):
+            yield replace(grouped_wgmma.config_of(mode, tile, out_dtype, has_amax=mode == "swiglu"), **changes)
 
 
 def sweep_experts(tokens: int, weights: Any, scale: Any) -> list[dict[str, Any]]:
@@ -129,28 +146,56 @@ def sweep_experts(tokens: int, weights: Any, scale: Any) -> list[dict[str, Any]]
             nvfp4_moe(*arguments, limit=10.0)
         ((key, question),) = asked.items()
 
-        def call(name: str, share: tuple[int, int, int] | None, arguments: Any = arguments, key: str = key) -> Any:
-            with tuning.forced(key, name), shared(*share) if share else contextlib.nullcontext():
+        def call(plan: str, changes: dict[str, Any] | None, arguments: Any = arguments, key: str = key) -> Any:
+            with tuning.forced(key, plan), changed(changes or {}):
                 return nvfp4_moe(*arguments, limit=10.0)
 
-        choices: list[tuple[str, str, tuple[int, int, int] | None]] = [
+        choices: list[tuple[str, str, dict[str, Any] | None]] = [
             (plan, plan, None) for plan in question.variants if plan.startswith("decode")
         ]
-        for (tile, k_groups, ctas), group in itertools.product(EXPERT_SHARES, GROUPS):
-            plan = Plan("wgmma", tile).name
-            choices.append(
-                (f"{plan}, {k_groups} k groups, {ctas} CTAs, groups of {group}", plan, (k_groups, ctas, group))
-            )
-        for name, plan, share in choices:
-            y = call(plan, share).double()
+        for tile, changes in grouped_choices():
+            if tokens * TOP_K / EXPERTS / 8 <= tile <= tokens * TOP_K / EXPERTS * 8:
+                choices.append((name_of_choice(tile, changes), Plan("wgmma", tile).name, changes))
+        for name, plan, wanted in choices:
+            y = call(plan, wanted).double()
             if len(expected) == draw:
                 expected.append(y)
             error = float((y - expected[draw]).norm() / expected[draw].norm())
             assert error < 2e-2, f"{name}: relative error {error}"
-            variants.setdefault(name, []).append(lambda p=plan, s=share, c=call: c(p, s))
+            variants.setdefault(name, []).append(lambda p=plan, w=wanted, c=call: c(p, w))
     timings = time_variants(variants, replays=5)
     return [
         {"op": "nvfp4_moe", "tokens": tokens, "variant": name}
+        | {"median_us": t.median_us, "min_us": t.min_us, "max_us": t.max_us}
+        for name, t in sorted(timings.items(), key=lambda item: item[1].median_us)
+    ]
+
+
+def sweep_groups(tokens: int) -> list[dict[str, Any]]:
+    """Times of ``nvfp4_grouped_mm`` by variant: V4 Flash's 8 groups of the attention's output."""
+    groups, n, k = 8, 1024, 4096
+    copies = copies_beyond_l2(int(groups * n * k * BYTES_A_WEIGHT), 8)
+    weights = [random_weights(groups, n, k) for _ in range(copies)]
+    scale = torch.full((groups,), 1e-3, device="cuda")
+    x = nvfp4.quantize(torch.randn(groups, tokens, k, device="cuda").bfloat16())
+    variants: dict[Any, list[Callable[[], Any]]] = {}
+    with tuning.asking() as asked:
+        expected = nvfp4_grouped_mm(*x, *weights[0], scale).double()
+    ((key, _),) = asked.items()
+
+    def call(tile: int, changes: dict[str, Any], weight: Any) -> Any:
+        with tuning.forced(key, Plan("wgmma", tile).name), changed(changes):
+            return nvfp4_grouped_mm(*x, *weight, scale)
+
+    for tile, changes in grouped_choices():
+        if tile < 64:
+            continue
+        error = float((call(tile, changes, weights[0]).double() - expected).norm() / expected.norm())
+        assert error < 2e-2, f"{tile} {changes}: relative error {error}"
+        variants[name_of_choice(tile, changes)] = [lambda t=tile, c=changes, w=w: call(t, c, w) for w in weights]
+    timings = time_variants(variants, replays=5)
+    return [
+        {"op": "nvfp4_grouped_mm", "groups": groups, "tokens": tokens, "variant": name}
         | {"median_us": t.median_us, "min_us": t.min_us, "max_us": t.max_us}
         for name, t in sorted(timings.items(), key=lambda item: item[1].median_us)
     ]
@@ -167,6 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="*", default=[64, 128, 256, 512, 1024, 2048])
     parser.add_argument("--experts-tokens", type=int, nargs="*", default=[64, 256, 1024, 4096])
+    parser.add_argument("--groups-tokens", type=int, nargs="*", default=[64, 512, 4096])
     parser.add_argument("--activations", nargs="+", choices=("f16", "bf16"), default=["f16", "bf16"])
     parser.add_argument("--warm", action="store_true", help="compile only; the kernels around come with `warm`")
     arguments = parser.parse_args()
@@ -176,7 +222,7 @@ def main() -> None:
         from dsv4_compile.warming import compile_all
 
         configs = [config for activation in arguments.activations for config in dense_configs(activation)]
-        kernels: list[tuple[str, Any]] = [("sm90.wgmma_w4", config) for config in [*configs, *expert_configs()]]
+        kernels: list[tuple[str, Any]] = [("sm90.wgmma_w4", config) for config in [*configs, *grouped_configs()]]
         kernels += [
             ("sm90.interleave", InterleaveConfig(*kind)) for kind in ((True, False), (True, True), (False, False))
         ]
@@ -187,6 +233,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for (n, k), tokens, activation in shapes:
         rows += report(sweep_dense(n, k, tokens, activation))
+    for tokens in arguments.groups_tokens:
+        rows += report(sweep_groups(tokens))
     if arguments.experts_tokens:
         weights = random_weights(EXPERTS, 2 * INTERMEDIATE, HIDDEN), random_weights(EXPERTS, HIDDEN, INTERMEDIATE)
         scale = torch.full((EXPERTS,), 1e-3, device="cuda")

@@ -5,15 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4_compile.ops.dispatch.wgmma_w4 import OUT_DTYPE_NAMES, STAGE_K, TILE_TOKENS, Config, is_mappable, num_clusters
+from dsv4_compile.ops.dispatch.wgmma_w4 import (
+    BLOCK_ROWS,
+    OUT_DTYPE_NAMES,
+    STAGE_K,
+    TILE_TOKENS,
+    Config,
+    is_mappable,
+    num_clusters,
+)
 from dsv4_compile.ops.kernels import cache
 from dsv4_compile.ops.kernels.device import require_hopper, sm_count
 
 OP = "nvfp4_grouped_mm"
 
-# Decoding waits more than it computes where a tile has few tokens: more warps (measured, see docs/measured.md).
+# By tile, measured (docs/measured.md). Decoding waits more than it computes where a tile has few tokens: more warps.
 CTAS_PER_SM = {16: 3, 32: 2, 64: 2, 128: 1, 256: 1}
 GROUPS = {16: 2, 32: 4, 64: 4, 128: 2, 256: 2}
+TEAMS = {16: 1, 32: 1, 64: 1, 128: 2, 256: 1}
+MULTICAST = {16: 1, 32: 1, 64: 1, 128: 2, 256: 2}
 MAX_CTAS_PER_SM = 3
 
 
@@ -22,19 +32,22 @@ def config_of(
     tile_rows: int,
     out_dtype: str = "bf16",
     *,
+    has_pairs: bool = True,
     has_row_scale: bool = True,
     has_row_weight: bool = False,
     has_amax: bool = False,
 ) -> Config:
-    """The variant for tiles of ``tile_rows`` rows."""
+    """The variant for tiles of ``tile_rows`` rows; ``has_pairs`` if the blocks of weight rows are even in number."""
     return Config(
         mode=mode,  # type: ignore[arg-type]
         tile_tokens=tile_rows,
+        multicast=MULTICAST[tile_rows] if has_pairs else 1,
         has_row_scale=has_row_scale,
         has_row_weight=has_row_weight,
         has_amax=has_amax,
         out_dtype=out_dtype,  # type: ignore[arg-type]
         ctas_per_sm=CTAS_PER_SM[tile_rows],
+        teams=TEAMS[tile_rows],
         group=GROUPS[tile_rows],
     )
 
@@ -108,6 +121,7 @@ def grouped_wgmma(
         "grouped" if swiglu_limit is None else "swiglu",
         tile_rows,
         OUT_DTYPE_NAMES[out.dtype],
+        has_pairs=-(-codes.shape[1] // BLOCK_ROWS) % 2 == 0,
         has_row_scale=row_scale is not None,
         has_row_weight=row_weight is not None,
         has_amax=partial_amax is not None,

@@ -37,6 +37,8 @@ class Config:
         out_dtype: ``bf16``, ``fp16`` or ``fp32``.
         ctas_per_sm: CTAs that share a multiprocessor, 1 or 2; 2 for at most 64 tokens a tile.
         k_groups: pairs of warpgroups that share a tile, 2 of them each with every other 64 of K; 1 for 256 tokens.
+        teams: 2 for two pairs of warpgroups that take tiles in turn, so that one stores while the other multiplies; for
+            at most 128 tokens a tile, without splits and with one K group.
         group: k16 steps, 2 or 4, that are decoded, then multiplied, together.
         activation: ``f16`` for ``code * scale`` of a quantised activation, ``bf16`` for any.
         is_interleaved: the activation is in the order of :func:`interleave.interleave`, which is cheaper to decode for;
@@ -55,6 +57,7 @@ class Config:
     out_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     ctas_per_sm: int = 1
     k_groups: int = 1
+    teams: int = 1
     group: int = 2
     activation: Literal["f16", "bf16"] = "f16"
     is_interleaved: bool = True

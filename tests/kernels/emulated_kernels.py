@@ -321,7 +321,7 @@ def _wgmma_grouped(
     segments = global_scale.shape[1]
     of_row = torch.arange(rows) // (rows // segments)
     ctas = num_ctas // config.cluster * config.cluster
-    blocks = -(-out.shape[1] // ((64 if is_swiglu else 128) * config.multicast))
+    blocks = -(-out.shape[1] // (64 * config.multicast))  # of SwiGLU's columns, those of a cluster
     largest = torch.zeros(ctas)
     for number, (expert, first, count) in enumerate(_tiles(schedule, out.shape[0], experts)):
         at = torch.arange(first, first + min(count, config.tile_tokens))  # more than a tile are left out
@@ -334,8 +334,9 @@ def _wgmma_grouped(
             weight = row_weight[at] if config.has_row_weight else None
             half = rows // 2
             result = _swiglu(value, scale, factor[:half], factor[half:], limit, weight).to(out.dtype)
-            for block in range(blocks if config.has_amax else 0):
-                cta = (number * blocks + block) % ctas
+            for block in range(blocks * config.multicast if config.has_amax else 0):
+                cluster, member = number * blocks + block // config.multicast, block % config.multicast
+                cta = (cluster * config.cluster + member) % ctas
                 largest[cta] = torch.maximum(largest[cta], _finite_amax(result[:, block * 64 : block * 64 + 64]))
         else:
             result = value * (scale * factor)

@@ -36,6 +36,8 @@ CONFIGS = [
     Config("dense", 64, num_weights=3, has_bias=True, out_dtype="fp32"),
     Config("dense", 32, num_weights=4, splits=4, has_row_scale=False, has_bias=True, out_dtype="fp16"),
     *(grouped_config("grouped", rows) for rows in (16, 128)),
+    *(grouped_config("grouped", rows, has_pairs=False) for rows in (128, 256)),
+    *(Config("dense", 128, teams=2, activation=activation) for activation in ("f16", "bf16")),
     grouped_config("grouped", 64, "fp16", has_row_scale=False),
     *(grouped_config("swiglu", rows, has_amax=True) for rows in (16, 64, 128, 256)),
     grouped_config("swiglu", 64, has_row_weight=True, has_amax=True),
@@ -53,7 +55,7 @@ def test_machine_code(config: Config) -> None:
     code = compilation.machine_code("sm90.wgmma_w4", config)
     assert code.spill_bytes == 0
     assert code.count(r"\b(LDL|STL)\b") == 0
-    consumers = 256 * config.k_groups
+    consumers = 256 * config.k_groups * config.teams
     assert code.registers == 65536 // config.ctas_per_sm // (consumers + 128) // 8 * 8
     share = (code.registers * (consumers + 128) - 24 * 128) // consumers
     assert max(int(register) for register in re.findall(r"\bR(\d+)\b", code.sass)) < share // 8 * 8

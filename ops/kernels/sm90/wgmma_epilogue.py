@@ -20,8 +20,10 @@ from dsv4_compile.ops.kernels.sm90.wgmma_instructions import (
 
 WARPGROUP = 128
 CONSUMER_WARPS = 8
-CONSUMERS_BARRIER = 3  # named barriers: 1 and 2 are those of the warpgroups
-EXCHANGE_WRITTEN_BARRIER, EXCHANGE_READ_BARRIER = 4, 5
+WARPGROUP_BARRIER = 1  # named barriers: 1 to 4 are those of the warpgroups
+CONSUMERS_BARRIER = 5
+EXCHANGE_WRITTEN_BARRIER, EXCHANGE_READ_BARRIER = 6, 7
+TURN_BARRIER = 8  # and 9, of the two teams
 BATCH = 2  # tokens of a warp whose partial sums are loaded together
 DECODED_EXPONENT = 2.0**14  # the products of decoded weights carry its inverse
 INFINITY = float("inf")
@@ -40,23 +42,31 @@ class Epilogue:
         self.pitch = 128 + 4  # floats between tokens of a partial sum: no bank conflicts
         # 256 tokens leave no room for partial sums beside the rings: one tile a CTA, over when they are written.
         self.reuses_ring = config.splits > 1 and self.tokens == 256
-        self.partial_offset = 0  # set by the kernel
         self.exchange_bytes = 4 * self.tokens * 128 if config.k_groups > 1 else 0
         if self.reuses_ring:
             self.shared_bytes = 0
         elif config.splits > 1:
             self.shared_bytes = self.row_scale_bytes + 4 * self.tokens * self.pitch
         else:
-            self.shared_bytes = 2 * (self.row_scale_bytes + self.staging_bytes) + self.exchange_bytes
+            self.shared_bytes = 2 * config.teams * (self.row_scale_bytes + self.staging_bytes) + self.exchange_bytes
+
+    def place(self, geometry):
+        """Where its memory begins."""
+        config = self.config
+        self.offset = geometry.epilogue_offset
+        self.partial_offset = geometry.activation_offset if self.reuses_ring else self.offset + self.row_scale_bytes
+        self.exchange_offset = self.offset + self.shared_bytes - self.exchange_bytes
+        if config.splits > 1:  # one after the other in the same place
+            self.exchange_offset = self.partial_offset
 
     @cute.jit
-    def exchange(self, accumulators, base, offset: cutlass.Constexpr, k_group, thread, tile_count):
+    def exchange(self, accumulators, base, k_group, thread, is_later):
         """Adds the sums of the second k group to those of the first, which alone goes on with the tile."""
         config = self.config
-        address = Int32(base.toint()) + offset + thread % (32 * CONSUMER_WARPS) * 4
+        address = Int32(base.toint()) + self.exchange_offset + thread % (32 * CONSUMER_WARPS) * 4
         both = 2 * 32 * CONSUMER_WARPS
         if k_group == 1:
-            if tile_count > 0:
+            if is_later:
                 cute.arch.barrier(barrier_id=EXCHANGE_READ_BARRIER, number_of_threads=both)
             for i in cutlass.range_constexpr(self.tokens // 2):
                 store_shared_f32(address, i * 128 * CONSUMER_WARPS, accumulators[i])
@@ -96,10 +106,8 @@ class Epilogue:
         self,
         accumulators,
         base,
-        offset: cutlass.Constexpr,
         row_scale,
-        low_factor,
-        high_factor,
+        factors,
         bias,
         row_weight,
         out,
@@ -111,16 +119,19 @@ class Epilogue:
         count,
         thread,
         warp,
+        team,
         largest,
     ):
         """The epilogue without a split of K; each warpgroup by itself."""
         config = self.config
+        low_factor, high_factor = factors
         lane = thread % 32
         g, t = lane // 4, lane % 4
         group = warp // 4
         local_warp = warp % 4
         local_thread = thread % WARPGROUP
-        base_address = Int32(base.toint()) + offset + group * (self.row_scale_bytes + self.staging_bytes)
+        warpgroup = 2 * team + group
+        base_address = Int32(base.toint()) + self.offset + warpgroup * (self.row_scale_bytes + self.staging_bytes)
         staging = base_address + self.row_scale_bytes
         width = rows // 2 if cutlass.const_expr(self.is_swiglu) else rows  # columns of the weight in the output
         row = first_row + warp * (8 if self.is_swiglu else 16) + g
@@ -129,12 +140,12 @@ class Epilogue:
             low_bias = bias[first_column + cutlass.min(row, rows - 1)]
             high_bias = bias[first_column + cutlass.min(row + 8, rows - 1)]
 
-        self.barrier(group)  # the last reads of this memory are over
+        self.barrier(warpgroup)  # the last reads of this memory are over
         if cutlass.const_expr(config.has_row_scale):
             for i in cutlass.range(local_thread, self.tokens, WARPGROUP, unroll=1):
                 scale = row_scale[cutlass.min(first + i, Int32(row_scale.shape[0]) - 1)]
                 store_shared_f32(base_address + 4 * i, 0, scale)
-            self.barrier(group)
+            self.barrier(warpgroup)
 
         for part in cutlass.range_constexpr(self.tokens // self.chunk):
             packed = []
@@ -172,17 +183,17 @@ class Epilogue:
                         largest = self.track(largest, self.unpack(words[0]), token, count, row < width)
             if cutlass.const_expr(config.out_dtype != "fp32"):
                 if cutlass.const_expr(part > 0):
-                    self.barrier(group)
+                    self.barrier(warpgroup)
                 self.transpose(packed, staging, lane, local_warp)
-                self.barrier(group)
+                self.barrier(warpgroup)
                 self.copy_out(
                     out, staging, first, count, first_column, first_row + group * self.columns, width, local_thread,
                     part * self.chunk,
                 )  # fmt: skip
         return largest
 
-    def barrier(self, group):
-        cute.arch.barrier(barrier_id=group + 1, number_of_threads=WARPGROUP)
+    def barrier(self, warpgroup):
+        cute.arch.barrier(barrier_id=WARPGROUP_BARRIER + warpgroup, number_of_threads=WARPGROUP)
 
     def swizzled(self, token, chunk):
         """Offset in the staging buffer of 16 bytes (eight columns) of a token: no bank conflicts either way."""
@@ -249,18 +260,19 @@ class Epilogue:
         return largest
 
     @cute.jit
-    def store_amax(self, largest, partial_amax, base, offset: cutlass.Constexpr, k_group, thread, warp):
+    def store_amax(self, largest, partial_amax, base, k_group, thread, warp):
         """The largest of all threads that stored, those of the first k group, to this CTA's element."""
+        warps = CONSUMER_WARPS * self.config.teams
         if k_group == 0:
             for shift in cutlass.range_constexpr(5):
                 largest = numerics.larger(largest, cute.arch.shuffle_sync_bfly(largest, 1 << shift))
-            address = Int32(base.toint()) + offset
-            cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=32 * CONSUMER_WARPS)
+            address = Int32(base.toint()) + self.offset
+            cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=32 * warps)
             if thread % 32 == 0:
                 store_shared_f32(address + warp * 4, 0, largest)
-            cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=32 * CONSUMER_WARPS)
+            cute.arch.barrier(barrier_id=CONSUMERS_BARRIER, number_of_threads=32 * warps)
             if thread == 0:
-                for i in cutlass.range_constexpr(CONSUMER_WARPS // 2):
+                for i in cutlass.range_constexpr(warps // 2):
                     a, b = load_shared_f32x2(address, 8 * i)
                     largest = numerics.larger(largest, numerics.larger(a, b))
                 cute.arch.griddepcontrol_wait()

@@ -12,6 +12,12 @@ def _i32(values, loc, ip):
 
 
 @dsl_user_op
+def recomputed(value, *, loc=None, ip=None):
+    """The same int32, of which the compiler does not know it: what depends on it is not computed ahead and kept."""
+    return Int32(asm(T.i32(), _i32([value], loc, ip), "mov.b32 $0, $1;", "=r,r", loc, ip, True))
+
+
+@dsl_user_op
 def load_shared_f32(address, offset, *, loc=None, ip=None):
     """The fp32 at a shared address plus a constant."""
     text = f"ld.shared.f32 $0, [$1+{offset}];"
