@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -33,7 +32,6 @@ LARGE_CLUSTER_SPLITS = 4
 LARGEST_BLOCK_ROWS = 256
 FEW_WARPS_TOKENS, MANY_TOKENS_WARPS = 16, 8  # most warps of more tokens
 SPLITS = (1, 2, 4, 8)
-FEWEST_PAIRED_TOKENS = 2
 # Row tiles, row warps and K warps that tuning tries; benchmarks/sweep_decode_mm.py times them.
 TUNED_BLOCKS = ((1, 1, 8), (1, 1, 16), (2, 1, 8), (1, 2, 8), (1, 4, 4), (2, 2, 4), (1, 7, 2), (2, 4, 2), (2, 4, 4),
                 (2, 7, 1), (1, 14, 1), (1, 15, 1), (2, 8, 1), (2, 8, 2), (1, 16, 1))  # fmt: skip
@@ -62,8 +60,6 @@ def choose(
     rows = sum(weight_rows)
     for shape, splits in _preferred(tokens):
         config = _dense(shape, splits, tokens, weight_rows, activation, has_bias, out_dtype, has_row_scale)
-        if tokens >= FEWEST_PAIRED_TOKENS and _may_pair(config, weight_rows):
-            config = replace(config, multicast=2)
         is_largest = config.block_rows == LARGEST_BLOCK_ROWS
         if -(-rows // config.block_rows) * splits > HOPPER_SM_COUNT and (splits > 1 or not is_largest):
             continue
@@ -109,15 +105,7 @@ def variants(
             continue
         if config.class_slots(k) >= 1:
             found.append(config)
-            if _may_pair(config, weight_rows):
-                found.append(replace(config, multicast=2))
     return found
-
-
-def _may_pair(config: Config, weight_rows: Sequence[int]) -> bool:
-    """Whether pairs of CTAs may share the activations: each has one row block, and copies what both multiply."""
-    blocks = sum(-(-rows // config.block_rows) for rows in weight_rows)
-    return config.has_copied_activations and config.splits == 1 and blocks % 2 == 0 and blocks <= HOPPER_SM_COUNT
 
 
 def _dense(

@@ -31,8 +31,6 @@ class Config:
         k_warps: warps that share a row block, each taking every ``k_warps``-th step of 256 values of K.
         stage_steps: steps that are loaded together; divides ``k_warps`` or is a multiple of it.
         splits: CTAs of a cluster that share a row block, each with its part of K.
-        multicast: 2 for pairs of CTAs with a row block each, of which each copies half of the bf16 activations to both;
-            dense, without splits.
         activation: ``packed`` (NVFP4) or ``bf16``.
         num_weights: weights of a dense call, side by side in the output; unused ones have no rows.
         has_bias: a bias is added.
@@ -65,7 +63,6 @@ class Config:
     has_row_scale: bool = True
     has_schedule: bool = True
     has_old_schedule: bool = False
-    multicast: int = 1
 
     @property
     def block_rows(self) -> int:
@@ -76,8 +73,7 @@ class Config:
     def block_name(self) -> str:
         """Name of the choices that a shape leaves open."""
         block = f"{self.row_tiles}x{self.row_warps}x{self.k_warps}"
-        pairs = ", pairs" if self.multicast > 1 else ""
-        return f"decode {block}, {self.stage_steps} steps a stage, {self.splits} splits{pairs}"
+        return f"decode {block}, {self.stage_steps} steps a stage, {self.splits} splits"
 
     @property
     def has_copied_activations(self) -> bool:
@@ -219,9 +215,7 @@ def launch(
 ) -> None:
     """Runs one dense variant; the grid covers every row block in one wave, or each CTA takes several."""
     blocks = sum(-(-weight.shape[0] // config.block_rows) for weight in codes)
-    assert blocks % config.multicast == 0
-    is_cluster = config.splits * config.multicast > 1
-    ctas = blocks * config.splits if is_cluster else min(blocks, sm_count(out))
+    ctas = blocks * config.splits if config.splits > 1 else min(blocks, sm_count(out))
     cache.kernel("sm90.decode_mm", config)(
         x, x_scales, row_scale, list(codes), list(scales), list(global_scales), bias, out, ctas
     )

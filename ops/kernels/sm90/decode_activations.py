@@ -44,14 +44,7 @@ class Activations:
 
     @cute.jit
     def copy_rows(self, x, activations, token_bytes, barriers, tokens, first_step, steps, k, warp):
-        """Begins to copy this CTA's part of K of each token, as it lies, a chunk of all tokens after the other.
-
-        Of a pair that shares the activations each CTA copies every other token, to both.
-        """
-        multicast = self.config.multicast
-        first_token = warp * multicast
-        if cutlass.const_expr(multicast > 1):
-            first_token = first_token + cute.arch.block_idx()[0] % multicast
+        """Begins to copy this CTA's part of K of each token, as it lies, a chunk of all tokens after the other."""
         chunk_steps = self.chunk_steps(steps)
         with cute.arch.elect_one():
             for chunk in cutlass.range_constexpr(1 if self.slots == 1 else CHUNKS):
@@ -62,9 +55,9 @@ class Activations:
                         cute.arch.mbarrier_arrive_and_expect_tx(barriers + chunk, tokens * num_bytes)
                     barrier = Int32((barriers + chunk).toint())
                     source = x.iterator.toint() + Int64(first_step + first) * STEP_BYTES
-                    for token in cutlass.range(first_token, tokens, self.warps * multicast, unroll=1):
+                    for token in cutlass.range(warp, tokens, self.warps, unroll=1):
                         target = activations + token * token_bytes + first * STEP_BYTES
-                        copy_to_shared(target, source + Int64(token) * (2 * k), num_bytes, barrier, multicast)
+                        copy_to_shared(target, source + Int64(token) * (2 * k), num_bytes, barrier)
 
     @cute.jit
     def await_step(self, barriers, arrived, step, steps):

@@ -191,7 +191,7 @@ class DecodeMM(Activations):
         ).launch(
             grid=[num_ctas, 1, 1],
             block=[self.threads + 32, 1, 1],
-            cluster=[self.config.splits * self.config.multicast, 1, 1],
+            cluster=[self.config.splits, 1, 1],
             smem=self.config.smem_kib * 1024,
             min_blocks_per_mp=self.min_blocks,
             stream=stream,
@@ -266,8 +266,6 @@ class DecodeMM(Activations):
             if thread < ZERO_BYTES // 16:
                 zero = Int32(0)
                 store_shared_v4(Int32(base.toint()) + ZERO_OFFSET + thread * 16, zero, zero, zero, zero)
-        if cutlass.const_expr(config.multicast > 1):  # waited for before anything is copied to the other CTA
-            cute.arch.cluster_arrive()
         cute.arch.sync_threads()
 
         units = blocks
@@ -287,8 +285,6 @@ class DecodeMM(Activations):
                 code_atoms, code_tensors, scale_atoms, scale_tensors, routing, base, ring_offset, barriers,
                 class_slots, ends, blocks, first_unit, last_unit, first_stage, last_stage - first_stage,
             )  # fmt: skip
-            if cutlass.const_expr(config.multicast > 1):
-                cute.arch.cluster_wait()
         else:
             self.consume(
                 x, x_scales, row_scale, global_scales, code_tensors, bias, out, routing, activations, token_bytes,
@@ -446,8 +442,6 @@ class DecodeMM(Activations):
         if cutlass.const_expr(not self.is_grouped):
             first_scales = [global_scales[i][0] for i in range(config.num_weights)]  # constants: before the wait
             cute.arch.griddepcontrol_wait()
-            if cutlass.const_expr(config.multicast > 1):
-                cute.arch.cluster_wait()
             if cutlass.const_expr(self.is_copied):
                 self.copy_rows(x, activations, token_bytes, arrivals, tokens, first_step, steps, k, warp)
             else:
@@ -540,8 +534,6 @@ class DecodeMM(Activations):
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(barriers + MAX_STAGES + slot)
 
-            if cutlass.const_expr(config.multicast > 1):  # all that was copied has arrived
-                cute.arch.cluster_arrive()
             self.epilogue.store_partial_sums(accumulators, undo, reduction, group, row, member)
             self.epilogue.synchronise()
             if cutlass.const_expr(self.is_swiglu):
@@ -567,8 +559,6 @@ class DecodeMM(Activations):
                     start = ends[i]
                     column = column + rows
             self.epilogue.synchronise()
-        if cutlass.const_expr(config.multicast > 1):  # no CTA leaves while its copies are under way
-            cute.arch.cluster_wait()
         if cutlass.const_expr(self.is_swiglu):
             self.epilogue.store_amax(largest, routing[3], reduction, thread, warp)
 

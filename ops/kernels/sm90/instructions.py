@@ -110,18 +110,14 @@ def load_global_f32(address, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def copy_to_shared(address, source, num_bytes, barrier, ctas=1, *, loc=None, ip=None):
-    """Begins a copy from global memory, all in units of 16 bytes; an mbarrier counts the bytes that have arrived.
-
-    To the same address in the first ``ctas`` CTAs of a cluster, whose mbarriers count it at the same address.
-    """
+def copy_to_shared(address, source, num_bytes, barrier, *, loc=None, ip=None):
+    """Begins a copy from global memory, all in units of 16 bytes; an mbarrier counts the bytes that have arrived."""
     operands = [
         Int32(address).ir_value(loc=loc, ip=ip),
         Int64(source).ir_value(loc=loc, ip=ip),
         *_i32([num_bytes, barrier], loc, ip),
     ]
-    kind, mask = (".multicast::cluster", f", {(1 << ctas) - 1}") if ctas > 1 else ("", "")
-    text = f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes{kind} [$0], [$1], $2, [$3]{mask};"
+    text = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
     asm(None, operands, text, "r,l,r,r", loc, ip, True)
 
 

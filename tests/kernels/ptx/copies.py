@@ -57,8 +57,7 @@ def _cp(b: Builder) -> Step:
     if b.parts[1:3] == ["async", "bulk"] and b.parts[3] == "prefetch":
         return lambda w, m: None
     to_shared = b.has("shared::cta", "shared::cluster") and b.has("mbarrier::complete_tx::bytes")
-    kinds = ["global", "mbarrier::complete_tx::bytes"]
-    if b.parts[1:3] == ["async", "bulk"] and b.parts[4:6] == kinds and b.parts[6:] in ([], ["multicast::cluster"]):
+    if b.parts[1:3] == ["async", "bulk"] and b.parts[4:] == ["global", "mbarrier::complete_tx::bytes"] and to_shared:
         return _copy_bytes(b)
     if b.parts[1:4] != ["async", "bulk", "tensor"] or not to_shared or b.has("im2col", "gather4", "im2col_no_offs"):
         raise b.missing()
@@ -67,7 +66,7 @@ def _cp(b: Builder) -> Step:
     map_address = b.address(f"[{map_text}]")
     coordinates = [b.read(text, "s32") for text in b.elements(coordinate_text)]
     barrier = b.address(b.operands[2])
-    destinations = _destinations(b, 3)
+    multicast = b.read(b.operands[3], "u16") if b.has("multicast::cluster") else None
     machine = b.machine
 
     def copy(w: Warp, m: Any) -> None:
@@ -80,25 +79,16 @@ def _cp(b: Builder) -> Step:
                 machine.maps[encoded] = machine.tensor_map(encoded)
             tensor = machine.maps[encoded]
             at = [int(read(R)[lane]) for read in coordinates]
-            ctas, place_, signal = destinations(w, lane, int(target(R)[lane]), int(barrier(R)[lane]))
+            address, mbarrier = int(target(R)[lane]), int(barrier(R)[lane])
+            owner, place_ = at_shared(w, address, "shared")
+            signalled, signal = at_shared(w, mbarrier, "shared")
+            ctas = [(owner, signalled)]
+            if multicast is not None:
+                ranks = int(multicast(R)[lane])
+                ctas = [(remote(w.cta, rank + 1),) * 2 for rank in range(16) if ranks >> rank & 1]
             _copy_tile(w, tensor, at, ctas, place_, signal)
 
     return copy
-
-
-def _destinations(b: Builder, index: int) -> Callable[[Warp, int, int, int], tuple[list[tuple[Cta, Cta]], int, int]]:
-    """Of a copy: pairs of CTAs that get the bytes and the signal, and where; all of a mask, which is that operand."""
-    multicast = b.read(b.operands[index], "u16") if b.has("multicast::cluster") else None
-
-    def destinations(w: Warp, lane: int, target: int, barrier: int) -> tuple[list[tuple[Cta, Cta]], int, int]:
-        owner, place_ = at_shared(w, target, "shared")
-        signalled, signal = at_shared(w, barrier, "shared")
-        if multicast is None:
-            return [(owner, signalled)], place_, signal
-        ranks = int(multicast(w.R)[lane])
-        return [(remote(w.cta, rank + 1),) * 2 for rank in range(16) if ranks >> rank & 1], place_, signal
-
-    return destinations
 
 
 def _copy_tile(
@@ -124,13 +114,13 @@ def _copy_tile(
 def _copy_bytes(b: Builder) -> Step:
     target, source, barrier = (b.address(b.operands[i]) for i in (0, 1, 3))
     size_of = b.read(b.operands[2], "u32")
-    destinations = _destinations(b, 4)
 
     def copy(w: Warp, m: Any) -> None:
         machine = w.machine
         for lane in np.flatnonzero(active(w, m)).tolist():
             size, start = int(size_of(w.R)[lane]), int(source(w.R)[lane])
-            ctas, place_, signal = destinations(w, lane, int(target(w.R)[lane]), int(barrier(w.R)[lane]))
+            owner, place_ = at_shared(w, int(target(w.R)[lane]), "shared")
+            signalled, signal = at_shared(w, int(barrier(w.R)[lane]), "shared")
             if size % 16 or start % 16 or place_ % 16 or not size:
                 raise PtxError(f"a copy of {size} bytes from {start:#x} to shared address {place_}: not in units of 16")
             if place_ + size > machine.shared_end:
@@ -141,7 +131,7 @@ def _copy_bytes(b: Builder) -> Step:
             def content(start: int = start, size: int = size) -> Array:
                 return machine.memory.bytes(start, size).copy()
 
-            _begin(w, ctas, place_, signal, index, content)
+            _begin(w, [(owner, signalled)], place_, signal, index, content)
 
     return copy
 
