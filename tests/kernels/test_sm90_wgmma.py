@@ -37,6 +37,7 @@ CONFIGS = [
     Config("dense", 32, num_weights=4, splits=4, has_row_scale=False, has_bias=True, out_dtype="fp16"),
     *(grouped_config("grouped", rows) for rows in (16, 128)),
     *(grouped_config("grouped", rows, has_pairs=False) for rows in (128, 256)),
+    *(grouped_config("swiglu", rows, has_pairs=False, has_amax=True) for rows in (128, 256)),
     *(Config("dense", 128, teams=2, activation=activation) for activation in ("f16", "bf16")),
     grouped_config("grouped", 64, "fp16", has_row_scale=False),
     *(grouped_config("swiglu", rows, has_amax=True) for rows in (16, 64, 128, 256)),
