@@ -36,8 +36,8 @@ BYTES_A_WEIGHT = 0.5625
 SHARES = ((64, 1, 2, 1), (64, 2, 1, 1), (128, 2, 1, 1), (128, 1, 1, 1), (128, 1, 1, 2), (256, 1, 1, 1))
 SPLITS = {64: (1, 2, 3, 4), 128: (1, 2, 3), 256: (1, 2)}
 EXPERT_SHARES = (
-    (16, 1, 3, 1), (32, 1, 2, 1), (32, 2, 1, 1), (64, 1, 2, 1), (64, 2, 1, 1), (64, 1, 1, 2), (128, 2, 1, 1),
-    (128, 1, 1, 1), (128, 1, 1, 2), (256, 1, 1, 1),
+    (16, 1, 3, 1), (16, 2, 1, 1), (32, 1, 2, 1), (32, 2, 1, 1), (64, 1, 2, 1), (64, 2, 1, 1), (64, 1, 1, 2),
+    (128, 2, 1, 1), (128, 1, 1, 1), (128, 1, 1, 2), (256, 1, 1, 1),
 )  # fmt: skip
 GROUPS = (2, 4)
 
@@ -115,10 +115,7 @@ def changed(changes: dict[str, Any]) -> Iterator[None]:
 def grouped_choices() -> Iterator[tuple[int, dict[str, Any]]]:
     """(tile, changes) of grouped launches."""
     for (tile, k_groups, ctas, teams), group in itertools.product(EXPERT_SHARES, GROUPS):
-        for multicast in (1, 2) if tile >= 128 else (1,):
-            yield tile, {
-                "k_groups": k_groups, "ctas_per_sm": ctas, "teams": teams, "group": group, "multicast": multicast,
-            }  # fmt: skip
+        yield tile, {"k_groups": k_groups, "ctas_per_sm": ctas, "teams": teams, "group": group}
 
 
 def name_of_choice(tile: int, changes: dict[str, Any]) -> str:
@@ -188,7 +185,7 @@ def sweep_groups(tokens: int) -> list[dict[str, Any]]:
             return nvfp4_grouped_mm(*x, *weight, scale)
 
     for tile, changes in grouped_choices():
-        if tile < 64:
+        if not tokens / 4 <= tile <= max(tokens * 4, 64):
             continue
         error = float((call(tile, changes, weights[0]).double() - expected).norm() / expected.norm())
         assert error < 2e-2, f"{tile} {changes}: relative error {error}"
@@ -212,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="*", default=[64, 128, 256, 512, 1024, 2048])
     parser.add_argument("--experts-tokens", type=int, nargs="*", default=[64, 256, 1024, 4096])
-    parser.add_argument("--groups-tokens", type=int, nargs="*", default=[64, 512, 4096])
+    parser.add_argument("--groups-tokens", type=int, nargs="*", default=[16, 32, 64, 128, 256, 512, 4096])
     parser.add_argument("--activations", nargs="+", choices=("f16", "bf16"), default=["f16", "bf16"])
     parser.add_argument("--warm", action="store_true", help="compile only; the kernels around come with `warm`")
     arguments = parser.parse_args()

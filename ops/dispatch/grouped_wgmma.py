@@ -23,7 +23,6 @@ OP = "nvfp4_grouped_mm"
 CTAS_PER_SM = {16: 3, 32: 2, 64: 2, 128: 1, 256: 1}
 GROUPS = {16: 2, 32: 4, 64: 4, 128: 2, 256: 2}
 TEAMS = {16: 1, 32: 1, 64: 1, 128: 2, 256: 1}
-MULTICAST = {16: 1, 32: 1, 64: 1, 128: 2, 256: 2}
 MAX_CTAS_PER_SM = 3
 
 
@@ -32,22 +31,22 @@ def config_of(
     tile_rows: int,
     out_dtype: str = "bf16",
     *,
-    has_pairs: bool = True,
+    is_one_wave: bool = False,
     has_row_scale: bool = True,
     has_row_weight: bool = False,
     has_amax: bool = False,
 ) -> Config:
-    """The variant for tiles of ``tile_rows`` rows; ``has_pairs`` if the blocks of weight rows are even in number."""
+    """The variant for tiles of ``tile_rows`` rows; ``is_one_wave`` if a multiprocessor has at most one."""
     return Config(
         mode=mode,  # type: ignore[arg-type]
         tile_tokens=tile_rows,
-        multicast=MULTICAST[tile_rows] if has_pairs else 1,
         has_row_scale=has_row_scale,
         has_row_weight=has_row_weight,
         has_amax=has_amax,
         out_dtype=out_dtype,  # type: ignore[arg-type]
-        ctas_per_sm=CTAS_PER_SM[tile_rows],
-        teams=TEAMS[tile_rows],
+        ctas_per_sm=1 if is_one_wave else CTAS_PER_SM[tile_rows],
+        k_groups=2 if is_one_wave and tile_rows <= 64 else 1,
+        teams=1 if is_one_wave else TEAMS[tile_rows],
         group=GROUPS[tile_rows],
     )
 
@@ -121,7 +120,7 @@ def grouped_wgmma(
         "grouped" if swiglu_limit is None else "swiglu",
         tile_rows,
         OUT_DTYPE_NAMES[out.dtype],
-        has_pairs=-(-codes.shape[1] // BLOCK_ROWS) % 2 == 0,
+        is_one_wave=(schedule.shape[0] - 1) * -(-codes.shape[1] // BLOCK_ROWS) <= sm_count(x),
         has_row_scale=row_scale is not None,
         has_row_weight=row_weight is not None,
         has_amax=partial_amax is not None,
@@ -140,5 +139,5 @@ def grouped_wgmma(
         unused if row_weight is None else row_weight,
         unused if partial_amax is None else partial_amax,
         0.0 if swiglu_limit is None else swiglu_limit,
-        num_clusters(config, x) * config.cluster,
+        num_clusters(config, x),
     )

@@ -101,7 +101,7 @@ def _best(tokens: int, weight_rows: tuple[int, ...], k: int, sms: int, activatio
 def _estimate_us(
     variant: Variant, tokens: int, weight_rows: tuple[int, ...], k: int, sms: int, activation: Activation
 ) -> float:
-    tiles = num_tiles_of(variant.tile_tokens, 1, tokens, weight_rows)
+    tiles = num_tiles_of(variant.tile_tokens, tokens, weight_rows)
     clusters = clusters_of(variant.splits, variant.ctas_per_sm, sms)
     stages = k // STAGE_K
     # Clusters that share K wait for each other at the end of every tile: never faster in a second wave (measured).

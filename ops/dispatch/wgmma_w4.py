@@ -28,7 +28,6 @@ class Config:
             SwiGLU of the two halves of the rows.
         tile_tokens: tokens a tile, one of :data:`TILE_TOKENS`.
         num_weights: weights of a dense call, side by side in the output.
-        multicast: 1, or 2 CTAs of a cluster that take neighbouring weight rows and share the loads of activations.
         splits: CTAs of a cluster that share a tile, each with its part of K; dense only, and one tile a cluster.
         has_row_scale: the activation has a scale, one for all or one a row.
         has_bias: a bias is added; dense only.
@@ -48,7 +47,6 @@ class Config:
     mode: Literal["dense", "grouped", "swiglu"]
     tile_tokens: int
     num_weights: int = 1
-    multicast: int = 1
     splits: int = 1
     has_row_scale: bool = True
     has_bias: bool = False
@@ -61,11 +59,6 @@ class Config:
     group: int = 2
     activation: Literal["f16", "bf16"] = "f16"
     is_interleaved: bool = True
-
-    @property
-    def cluster(self) -> int:
-        """CTAs of a cluster."""
-        return self.multicast * self.splits
 
 
 def is_mappable(*tensors: Tensor) -> bool:
@@ -90,18 +83,17 @@ def clusters_of(cluster: int, ctas_per_sm: int, sms: int) -> int:
 def num_clusters(config: Config, like: Tensor | None = None) -> int:
     """:func:`clusters_of` a variant on the device of a tensor, or on an H100."""
     sms = HOPPER_SM_COUNT if like is None else sm_count(like)
-    return clusters_of(config.cluster, config.ctas_per_sm, sms)
+    return clusters_of(config.splits, config.ctas_per_sm, sms)
 
 
-def num_tiles_of(tile_tokens: int, multicast: int, tokens: int, weight_rows: Sequence[int]) -> int:
+def num_tiles_of(tile_tokens: int, tokens: int, weight_rows: Sequence[int]) -> int:
     """Tiles of a dense product, each the work of a cluster."""
-    rows = BLOCK_ROWS * multicast
-    return sum(-(-n // rows) for n in weight_rows) * -(-tokens // tile_tokens)
+    return sum(-(-n // BLOCK_ROWS) for n in weight_rows) * -(-tokens // tile_tokens)
 
 
 def fits(config: Config, tokens: int, weight_rows: Sequence[int], like: Tensor | None = None) -> bool:
     """Whether a variant takes a shape: with splits a cluster takes one tile."""
-    tiles = num_tiles_of(config.tile_tokens, config.multicast, tokens, weight_rows)
+    tiles = num_tiles_of(config.tile_tokens, tokens, weight_rows)
     return config.splits == 1 or tiles <= num_clusters(config, like)
 
 
@@ -128,7 +120,7 @@ def launch_dense(
     """
     weight_rows = [weight.shape[0] for weight in codes]
     assert fits(config, x.shape[0], weight_rows, x)
-    tiles = num_tiles_of(config.tile_tokens, config.multicast, x.shape[0], weight_rows)
+    tiles = num_tiles_of(config.tile_tokens, x.shape[0], weight_rows)
     unused = global_scales[0]  # stands for an absent argument
     cache.kernel("sm90.wgmma_w4", config)(
         x,
@@ -138,5 +130,5 @@ def launch_dense(
         list(global_scales),
         unused if bias is None else bias,
         out,
-        min(tiles, num_clusters(config, x)) * config.cluster,
+        min(tiles, num_clusters(config, x)) * config.splits,
     )

@@ -276,13 +276,13 @@ def _wgmma_dense(
     global_scales: list[Tensor], bias: Tensor, out: Tensor, num_ctas: int,
 ) -> None:  # fmt: skip
     tokens, k = out.shape[0], x.shape[1]
-    clusters = num_ctas // config.cluster
+    clusters = num_ctas // config.splits
     assert clusters > 0
-    assert config.cluster <= 8
+    assert config.splits <= 8
     assert k // 256 >= config.splits, "a CTA of a split has nothing to add"
     assert x.shape[0] == tokens
     if config.splits > 1:
-        blocks = sum(-(-part.shape[0] // (128 * config.multicast)) for part in codes)
+        blocks = sum(-(-part.shape[0] // 128) for part in codes)
         assert blocks * -(-tokens // config.tile_tokens) <= clusters, "partial sums overwrite those that are still read"
     activation = _wgmma_rows(config, x)
     column = 0
@@ -312,7 +312,7 @@ def _wgmma_grouped(
     experts, rows, half_k = codes.shape
     is_swiglu = config.mode == "swiglu"
     assert config.splits == 1
-    assert num_ctas // config.cluster > 0
+    assert num_ctas // config.splits > 0
     assert x.shape[1] == 2 * half_k
     assert out.shape[1] == (rows // 2 if is_swiglu else rows)
     assert out.shape[1] % 8 == 0, "stores are eight columns wide"
@@ -320,8 +320,8 @@ def _wgmma_grouped(
     activation, weights = _wgmma_rows(config, x), _Weights(codes, scales)
     segments = global_scale.shape[1]
     of_row = torch.arange(rows) // (rows // segments)
-    ctas = num_ctas // config.cluster * config.cluster
-    blocks = -(-out.shape[1] // (64 * config.multicast))  # of SwiGLU's columns, those of a cluster
+    ctas = num_ctas // config.splits * config.splits
+    blocks = -(-out.shape[1] // 64)  # of SwiGLU's columns
     largest = torch.zeros(ctas)
     for number, (expert, first, count) in enumerate(_tiles(schedule, out.shape[0], experts)):
         at = torch.arange(first, first + min(count, config.tile_tokens))  # more than a tile are left out
@@ -334,9 +334,8 @@ def _wgmma_grouped(
             weight = row_weight[at] if config.has_row_weight else None
             half = rows // 2
             result = _swiglu(value, scale, factor[:half], factor[half:], limit, weight).to(out.dtype)
-            for block in range(blocks * config.multicast if config.has_amax else 0):
-                cluster, member = number * blocks + block // config.multicast, block % config.multicast
-                cta = (cluster * config.cluster + member) % ctas
+            for block in range(blocks if config.has_amax else 0):
+                cta = (number * blocks + block) % ctas
                 largest[cta] = torch.maximum(largest[cta], _finite_amax(result[:, block * 64 : block * 64 + 64]))
         else:
             result = value * (scale * factor)

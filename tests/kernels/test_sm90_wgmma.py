@@ -31,13 +31,12 @@ CONFIGS = [
     Config("dense", 16),
     Config("dense", 32, ctas_per_sm=3),
     Config("dense", 64, group=4),
-    Config("dense", 128, multicast=2, splits=2),
-    Config("dense", 256, multicast=2, activation="bf16"),
+    Config("dense", 256, activation="bf16"),
     Config("dense", 64, num_weights=3, has_bias=True, out_dtype="fp32"),
     Config("dense", 32, num_weights=4, splits=4, has_row_scale=False, has_bias=True, out_dtype="fp16"),
     *(grouped_config("grouped", rows) for rows in (16, 128)),
-    *(grouped_config("grouped", rows, has_pairs=False) for rows in (128, 256)),
-    *(grouped_config("swiglu", rows, has_pairs=False, has_amax=True) for rows in (128, 256)),
+    *(grouped_config("grouped", rows, is_one_wave=True) for rows in (16, 64, 128)),
+    *(grouped_config("swiglu", rows, is_one_wave=True, has_amax=True) for rows in (16, 32, 64, 128)),
     *(Config("dense", 128, teams=2, activation=activation) for activation in ("f16", "bf16")),
     grouped_config("grouped", 64, "fp16", has_row_scale=False),
     *(grouped_config("swiglu", rows, has_amax=True) for rows in (16, 64, 128, 256)),
@@ -189,9 +188,7 @@ def test_one_hot(config: Config) -> None:
 
 
 NON_FINITE = [
-    Config(
-        "dense", tokens, multicast=tokens // 128 or 1, out_dtype="fp32", activation=activation, is_interleaved=ordered
-    )
+    Config("dense", tokens, out_dtype="fp32", activation=activation, is_interleaved=ordered)
     for tokens in (64, 256)
     for activation, ordered in (("f16", True), ("bf16", True), ("bf16", False))
 ]

@@ -322,8 +322,6 @@ class Epilogue:
         config = self.config
         lane = thread % 32
         partial = Int32(base.toint()) + self.partial_offset
-        member = rank % config.multicast
-        split = rank // config.multicast
         share = (self.tokens + config.splits - 1) // config.splits
         local_row = lane * 4
         row = first_row + local_row
@@ -331,10 +329,10 @@ class Epilogue:
         addends = [Float32(0.0)] * 4
         if cutlass.const_expr(config.has_bias):
             addends = [bias[first_column + cutlass.min(row + i, rows - 1)] for i in range(4)]
-        peers = [map_to_cluster(partial, peer * config.multicast + member) for peer in range(config.splits)]
-        last_token = cutlass.min(count, cutlass.min((split + 1) * share, Int32(self.tokens)))
+        peers = [map_to_cluster(partial, peer) for peer in range(config.splits)]
+        last_token = cutlass.min(count, cutlass.min((rank + 1) * share, Int32(self.tokens)))
         for batch in cutlass.range_constexpr((share + BATCH * CONSUMER_WARPS - 1) // (BATCH * CONSUMER_WARPS)):
-            tokens = [split * share + (batch * BATCH + i) * CONSUMER_WARPS + warp for i in range(BATCH)]
+            tokens = [rank * share + (batch * BATCH + i) * CONSUMER_WARPS + warp for i in range(BATCH)]
             parts = []
             scales = []
             for token in tokens:  # all loads first: those of other CTAs take long

@@ -63,11 +63,10 @@ class Geometry:
         assert self.group_stages >= 2
         assert self.shared_bytes <= SHARED_BYTES // config.ctas_per_sm
 
-    def activation_ring(self, base, tokens):
-        """Activation stages in shared memory in parts of ``tokens`` tokens: (token, 64 of K, part, stage)."""
+    def activation_ring(self, base):
+        """Activation stages in shared memory: (token, 64 of K, stage)."""
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, self.dtype)
-        parts = self.tokens // tokens
-        layout = cute.tile_to_shape(atom, (tokens, STEP_K, parts, self.activation_stages), order=(0, 1, 2, 3))
+        layout = cute.tile_to_shape(atom, (self.tokens, STEP_K, self.activation_stages), order=(0, 1, 2))
         pointer = (base + self.activation_offset).align(1024)
         return cute.make_tensor(cute.recast_ptr(pointer, swizzle_=layout.inner, dtype=self.dtype), layout.outer)
 
@@ -103,7 +102,7 @@ class Geometry:
         return block, first, count, expert
 
     @cute.jit
-    def weight_of(self, code_tensors, global_scales, block_ends, block, expert, rank):
+    def weight_of(self, code_tensors, global_scales, block_ends, block, expert):
         """(address of its global scales, their number, its rows, first row and first column) of a tile's weight."""
         config = self.config
         start = Int32(0)
@@ -120,9 +119,7 @@ class Geometry:
                 segments = Int32(global_scales[i].shape[1]) if self.is_grouped else Int32(global_scales[i].shape[0])
                 rows = weight_rows
                 first_column = column
-                first_row = ((block - start) * config.multicast + rank % config.multicast) * (
-                    HALF_ROWS if self.is_swiglu else BLOCK_ROWS
-                )
+                first_row = (block - start) * (HALF_ROWS if self.is_swiglu else BLOCK_ROWS)
             start = block_ends[i]
             column = column + weight_rows
         if cutlass.const_expr(self.is_grouped):

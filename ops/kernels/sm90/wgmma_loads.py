@@ -23,7 +23,7 @@ class Loads:
     @cute.jit
     def weights(
         self, code_atoms, code_tensors, scale_atoms, scale_tensors, schedule, base, full, empty, block_ends,
-        first_stage, stages, cluster_id, num_clusters, rank, out,
+        first_stage, stages, cluster_id, num_clusters, out,
     ):  # fmt: skip
         """One warp: by TMA codes, each stage in two halves of 64 rows of two halves of K, and block scales."""
         config = self.config
@@ -53,9 +53,7 @@ class Loads:
             start = Int32(0)
             for i in cutlass.range_constexpr(config.num_weights):
                 if block >= start and block < block_ends[i]:
-                    row = ((block - start) * config.multicast + rank % config.multicast) * (
-                        HALF_ROWS if self.geometry.is_swiglu else BLOCK_ROWS
-                    )
+                    row = (block - start) * (HALF_ROWS if self.geometry.is_swiglu else BLOCK_ROWS)
                     second = Int32(HALF_ROWS)
                     if cutlass.const_expr(self.geometry.is_swiglu):
                         second = Int32(code_tensors[i].shape[0]) // 2
@@ -110,27 +108,24 @@ class Loads:
     @cute.jit
     def activations(
         self, atom, tensor, schedule, base, full, empty, block_ends, first_stage, stages, cluster_id, num_clusters,
-        rank, out,
+        out,
     ):  # fmt: skip
-        """One warp: activations; with multicast each CTA of a pair loads half the tokens for both."""
-        config = self.config
-        k_groups = config.k_groups
-        member = rank % config.multicast
-        tokens = self.geometry.tokens // config.multicast  # that this CTA loads
-        mask = Int32((1 << config.multicast) - 1) << (rank - member)
+        """One warp: activations, 64 of K of a tile a stage."""
+        k_groups = self.config.k_groups
         cute.arch.griddepcontrol_wait()
         slots = [Int32(0) for _ in range(k_groups)]  # each k group's next stage
         phases = [Int32(1) for _ in range(k_groups)]
         tiles = self.geometry.num_tiles(schedule, block_ends, out)
         for index in cutlass.range(cluster_id, tiles, num_clusters, unroll=1):
             _, first, _, _ = self.geometry.tile(index, schedule, block_ends, out)
-            moved = cute.domain_offset((first + member * tokens, 0), tensor)
+            moved = cute.domain_offset((first, 0), tensor)
+            tiles_of_k = cute.local_tile(moved, (self.geometry.tokens, STEP_K), (0, None))
             smem, gmem = cpasync.tma_partition(
                 atom,
                 0,
                 cute.make_layout(1),
-                cute.group_modes(self.geometry.activation_ring(base, tokens), 0, 2),
-                cute.group_modes(cute.local_tile(moved, (tokens, STEP_K), (0, None)), 0, 2),
+                cute.group_modes(self.geometry.activation_ring(base), 0, 2),
+                cute.group_modes(tiles_of_k, 0, 2),
             )
             for first_step in cutlass.range(first_stage * STEPS, (first_stage + stages) * STEPS, STEPS, unroll=1):
                 for in_stage in cutlass.range_constexpr(STEPS):
@@ -139,11 +134,7 @@ class Loads:
                     cute.arch.mbarrier_wait(empty + slot, phases[k_group])
                     with cute.arch.elect_one():
                         cute.arch.mbarrier_arrive_and_expect_tx(full + slot, self.geometry.activation_bytes)
-                    source, target = gmem[(None, first_step + in_stage)], smem[(None, member, slot)]
-                    if cutlass.const_expr(config.multicast > 1):
-                        cute.copy(atom, source, target, tma_bar_ptr=full + slot, mcast_mask=cutlass.Int16(mask))
-                    else:
-                        cute.copy(atom, source, target, tma_bar_ptr=full + slot)
+                    cute.copy(atom, gmem[(None, first_step + in_stage)], smem[(None, slot)], tma_bar_ptr=full + slot)
                     slots[k_group] = slots[k_group] + 1
                     if slots[k_group] == self.geometry.group_stages:
                         slots[k_group] = Int32(0)

@@ -59,7 +59,6 @@ class WgmmaW4:
         self.config = config
         self.is_grouped = config.mode != "dense"
         self.is_swiglu = config.mode == "swiglu"
-        self.cluster = config.cluster
         self.epilogue = Epilogue(config)
         self.geometry = Geometry(config, self.epilogue)
         self.loads = Loads(config, self.geometry)
@@ -145,10 +144,9 @@ class WgmmaW4:
         config = self.config
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, self.geometry.dtype)
         load = cpasync.CopyBulkTensorTileG2SOp()
-        x_load = cpasync.CopyBulkTensorTileG2SMulticastOp() if config.multicast > 1 else load
-        tokens = self.geometry.tokens // config.multicast  # that one CTA loads
+        tokens = self.geometry.tokens
         x_layout = cute.tile_to_shape(atom, (tokens, STEP_K), order=(0, 1))
-        x_map = cpasync.make_tiled_tma_atom(x_load, x, x_layout, (tokens, STEP_K))
+        x_map = cpasync.make_tiled_tma_atom(load, x, x_layout, (tokens, STEP_K))
         code_layout = cute.make_composed_layout(
             cute.make_swizzle(2, 4, 3), 0, cute.make_layout((HALF_ROWS, HALF_CODE_BYTES), stride=(HALF_CODE_BYTES, 1))
         )
@@ -189,9 +187,9 @@ class WgmmaW4:
             out,
             limit,
         ).launch(
-            grid=[num_ctas // self.cluster * self.cluster, 1, 1],
+            grid=[num_ctas // config.splits * config.splits, 1, 1],
             block=[self.geometry.threads, 1, 1],
-            cluster=[self.cluster, 1, 1],
+            cluster=[config.splits, 1, 1],
             smem=self.geometry.shared_bytes,
             min_blocks_per_mp=config.ctas_per_sm,
             preferred_smem_carveout=100,
@@ -221,7 +219,7 @@ class WgmmaW4:
         config = self.config
         thread = cute.arch.thread_idx()[0]
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        rank = cute.arch.block_idx()[0] % self.cluster
+        rank = cute.arch.block_idx()[0] % config.splits
         base = cute.arch.get_dyn_smem(Uint8, alignment=1024)
         barriers = cute.recast_ptr(base, dtype=Int64)  # weights full, empty; activations full, empty
         weight_full, weight_empty = barriers, barriers + self.geometry.weight_stages
@@ -235,18 +233,18 @@ class WgmmaW4:
                 cute.arch.mbarrier_init(weight_empty + i, CONSUMER_WARPS * config.k_groups)
             for i in cutlass.range_constexpr(self.geometry.activation_stages):
                 cute.arch.mbarrier_init(x_full + i, 1)
-                cute.arch.mbarrier_init(x_empty + i, CONSUMER_WARPS * config.multicast)
+                cute.arch.mbarrier_init(x_empty + i, CONSUMER_WARPS)
             cute.arch.mbarrier_init_fence()
-        if cutlass.const_expr(self.cluster > 1):
+        if cutlass.const_expr(config.splits > 1):
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
         else:
             cute.arch.sync_threads()
 
-        # Row blocks (of a cluster), those of all weights one after the other.
+        # Row blocks, those of all weights one after the other.
         block_ends = []
         blocks = Int32(0)
-        rows_per_block = (HALF_ROWS if self.is_swiglu else BLOCK_ROWS) * config.multicast
+        rows_per_block = HALF_ROWS if self.is_swiglu else BLOCK_ROWS
         for i in cutlass.range_constexpr(config.num_weights):
             rows = Int32(code_tensors[i].shape[0])
             if cutlass.const_expr(self.is_swiglu):
@@ -256,23 +254,22 @@ class WgmmaW4:
         stages = Int32(x_tensor.shape[1]) // STAGE_K
         first_stage = Int32(0)
         if cutlass.const_expr(config.splits > 1):
-            split = rank // config.multicast
-            first_stage = stages * split // config.splits
-            stages = stages * (split + 1) // config.splits - first_stage
-        cluster_id = cute.arch.block_idx()[0] // self.cluster
-        num_clusters = cute.arch.grid_dim()[0] // self.cluster
+            first_stage = stages * rank // config.splits
+            stages = stages * (rank + 1) // config.splits - first_stage
+        cluster_id = cute.arch.block_idx()[0] // config.splits
+        num_clusters = cute.arch.grid_dim()[0] // config.splits
 
         if warp >= self.geometry.consumer_warps:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp == self.geometry.consumer_warps:
                 self.loads.weights(
                     code_atoms, code_tensors, scale_atoms, scale_tensors, schedule, base, weight_full, weight_empty,
-                    block_ends, first_stage, stages, cluster_id, num_clusters, rank, out,
+                    block_ends, first_stage, stages, cluster_id, num_clusters, out,
                 )  # fmt: skip
             if warp == self.geometry.consumer_warps + 1:
                 self.loads.activations(
                     x_atom, x_tensor, schedule, base, x_full, x_empty, block_ends, first_stage, stages, cluster_id,
-                    num_clusters, rank, out,
+                    num_clusters, out,
                 )  # fmt: skip
             if cutlass.const_expr(config.splits > 1):
                 self.epilogue.wait_for_partial_sums()
@@ -283,7 +280,7 @@ class WgmmaW4:
                 base, weight_full, weight_empty, x_full, x_empty, block_ends, stages, cluster_id, num_clusters, rank,
                 thread, warp,
             )  # fmt: skip
-        if cutlass.const_expr(self.cluster > 1):  # no CTA leaves while another may write to it
+        if cutlass.const_expr(config.splits > 1):  # no CTA leaves while another may write to it
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
 
@@ -333,19 +330,19 @@ class WgmmaW4:
             else:
                 block, first, count, expert = self.geometry.tile(index, schedule, block_ends, out)
                 scale_address, segments, rows, first_row, first_column = self.geometry.weight_of(
-                    code_tensors, global_scales, block_ends, block, expert, rank
+                    code_tensors, global_scales, block_ends, block, expert
                 )
                 factors = self.epilogue.row_factors(scale_address, segments, rows, first_row, warp, lane)
             ring = self.multiply(
                 mma, accumulators, base, code_lane, scale_lane, decoder, weight_full, weight_empty, x_full,
-                x_empty, stages, rank, thread, k_group, team, index, num_clusters, tiles, ring,
+                x_empty, stages, thread, k_group, team, index, num_clusters, tiles, ring,
             )  # fmt: skip
             if cutlass.const_expr(config.teams > 1):  # only now, for the sake of registers: the other team multiplies
                 ring = self.skip(stages, ring)
                 thread = recomputed(thread)
                 block, first, count, expert = self.geometry.tile(index, schedule, block_ends, out)
                 scale_address, segments, rows, first_row, first_column = self.geometry.weight_of(
-                    code_tensors, global_scales, block_ends, block, expert, rank
+                    code_tensors, global_scales, block_ends, block, expert
                 )
                 factors = self.epilogue.row_factors(scale_address, segments, rows, first_row, warp, lane)
 
@@ -373,15 +370,13 @@ class WgmmaW4:
     @cute.jit
     def multiply(
         self, mma, accumulators, base, code_lane, scale_lane, decoder, weight_full,
-        weight_empty, x_full, x_empty, stages, rank, thread, k_group, team, index, num_clusters, tiles, ring,
+        weight_empty, x_full, x_empty, stages, thread, k_group, team, index, num_clusters, tiles, ring,
     ):  # fmt: skip
         """The products of a tile, summed over its K; where its rings go on."""
         config = self.config
         second = HALF_ROWS if self.is_swiglu else 8  # rows from the fragment's row g to its row g + 8
         thread_mma = mma.get_slice(thread % 128)
-        b = thread_mma.make_fragment_B(
-            thread_mma.partition_B(self.geometry.activation_ring(base, self.geometry.tokens)[None, None, 0, None])
-        )
+        b = thread_mma.make_fragment_B(thread_mma.partition_B(self.geometry.activation_ring(base)))
         mma.set(warpgroup.Field.ACCUMULATE, True)
         accumulators.fill(0.0)
         fragments = []
@@ -429,7 +424,7 @@ class WgmmaW4:
                     warpgroup.commit_group()
                     warpgroup.wait_group(1)
                     if cutlass.const_expr(first_k == 0):  # the wgmmas of the step before are done
-                        self.release(x_empty, x_index, k_group, rank, first_step > 0 or stage > 0)
+                        self.release(x_empty, x_index, k_group, first_step > 0 or stage > 0)
                     if cutlass.const_expr(first_k + config.group == STEP_K // 16):
                         x_index = x_index + 1
                         if x_index == self.geometry.group_stages:
@@ -440,7 +435,7 @@ class WgmmaW4:
                 weight_slot = Int32(0)
                 weight_phase = weight_phase ^ 1
         warpgroup.wait_group(0)
-        self.release(x_empty, x_index, k_group, rank, stages > 0)
+        self.release(x_empty, x_index, k_group, stages > 0)
         return weight_slot, weight_phase, x_index, x_phase
 
     @cute.jit
@@ -501,22 +496,15 @@ class WgmmaW4:
                     target[4 * step + 2 * high + row] = multiply_pair(pair, factors[row][step], self.config.activation)
 
     @cute.jit
-    def release(self, empty, x_index, k_group, rank, is_used):
-        """A warp is done with the activation stage before ``x_index``: tells every CTA that loads into it."""
-        config = self.config
+    def release(self, empty, x_index, k_group, is_used):
+        """A warp is done with the activation stage before ``x_index``."""
         stages = self.geometry.group_stages
         slot = k_group * stages + x_index - 1
         if x_index == 0:
             slot = slot + stages
         if is_used:
-            if cutlass.const_expr(config.multicast > 1):
-                lane = cute.arch.lane_idx()
-                if lane < config.multicast:
-                    first = rank // config.multicast * config.multicast if config.splits > 1 else 0
-                    cute.arch.mbarrier_arrive(empty + slot, first + lane)
-            else:
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(empty + slot)
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(empty + slot)
 
 
 def build(config):
