@@ -124,11 +124,13 @@ def test_a_variant_decides_what_runs() -> None:
 
 def test_variants_of_experts() -> None:
     """Guards against tuning that cannot leave the table's path, and against the decode kernel for many rows."""
-    few = nvfp4_moe._question(96, False, 256, 4096, 2048, True)
-    many = nvfp4_moe._question(24576, False, 256, 4096, 2048, True)
+    few = nvfp4_moe._question(96, False, 256, 4096, 2048, True, 132)
+    many = nvfp4_moe._question(24576, False, 256, 4096, 2048, True, 132)
     assert {plan.path for plan in few.variants.values()} == {"decode", "wgmma"}
     assert {plan.path for plan in many.variants.values()} == {"wgmma"}
-    assert {plan.path for plan in nvfp4_moe._question(96, False, 256, 4096, 2048, False).variants.values()} == {"wgmma"}
+    assert {plan.path for plan in nvfp4_moe._question(96, False, 256, 4096, 2048, False, 132).variants.values()} == {
+        "wgmma"
+    }
     assert few.default == "decode 2x4x2, tiles of 8"
     assert many.default == "wgmma 128"
 

@@ -15,9 +15,10 @@ from dsv4_compile.ops.dispatch.grouped_unaligned import grouped_unaligned
 from dsv4_compile.ops.dispatch.grouped_wgmma import grouped_wgmma, supports_grouped_wgmma
 from dsv4_compile.ops.dispatch.interleave import interleave
 from dsv4_compile.ops.dispatch.moe_align import schedule_of_offsets
-from dsv4_compile.ops.dispatch.nvfp4_moe import UNALIGNED_TILE_ROWS, Plan, grouped_plans
+from dsv4_compile.ops.dispatch.nvfp4_moe import UNALIGNED_TILE_ROWS, Plan, grouped_plans, tile_rows_of
+from dsv4_compile.ops.dispatch.wgmma_w4 import BLOCK_ROWS
 from dsv4_compile.ops.dispatch.zero_tail import zero_tail
-from dsv4_compile.ops.kernels.device import require_hopper
+from dsv4_compile.ops.kernels.device import require_hopper, sm_count
 
 OP = "nvfp4_grouped_mm"
 DECODE_AVERAGE_ROWS = 8  # of a group: few groups are faster there with 8 (measured)
@@ -51,7 +52,10 @@ def run(
     if is_wide:
         read_by_decode = decode_mm.is_mappable(b_codes, b_block_scales)
         has_schedule = offsets is not None or is_apart
-        question = _question(rows, groups, b_codes.shape[1], k, not is_apart, has_schedule, out.dtype, read_by_decode)
+        question = _question(
+            rows, groups, b_codes.shape[1], k, not is_apart, has_schedule, offsets is None, out.dtype, read_by_decode,
+            sm_count(b_codes),
+        )  # fmt: skip
         plan = tuning.answer(question, b_codes)
         if plan.path == "decode":
             config = _decode_config(plan.block, k, not is_apart, has_schedule, out.dtype)
@@ -92,16 +96,19 @@ def _question(
     k: int,
     is_packed: bool,
     has_schedule: bool,
+    are_equal: bool,
     out_dtype: torch.dtype,
     read_by_decode: bool,
+    sms: int,
 ) -> tuning.Question:
     """The plans that run a shape on tensor cores."""
 
     def fits(plan: Plan) -> bool:
         return _decode_config(plan.block, k, is_packed, has_schedule, out_dtype) is not None
 
+    wgmma_rows = tile_rows_of(rows, groups, -(-n // BLOCK_ROWS), sms, are_equal)
     plans = grouped_plans(
-        rows, groups, decode_choice.GROUPED_TILE_ROWS, fits if read_by_decode else None, DECODE_AVERAGE_ROWS
+        rows, groups, decode_choice.GROUPED_TILE_ROWS, wgmma_rows, fits if read_by_decode else None, DECODE_AVERAGE_ROWS
     )
     key = (
         f"groups {tuning.bucket(rows)} rows of {groups} x {n} x {k} {decode_mm.OUT_DTYPE_NAMES[out_dtype]}"

@@ -16,10 +16,10 @@ from dsv4_compile.ops.dispatch.expand import expand
 from dsv4_compile.ops.dispatch.grouped_unaligned import grouped_unaligned
 from dsv4_compile.ops.dispatch.grouped_wgmma import grouped_wgmma, partial_amax_size, supports_grouped_wgmma
 from dsv4_compile.ops.dispatch.interleave import interleave
-from dsv4_compile.ops.dispatch.moe_align import align
+from dsv4_compile.ops.dispatch.moe_align import align, max_tiles
 from dsv4_compile.ops.dispatch.moe_combine import combine
 from dsv4_compile.ops.dispatch.moe_requantize import requantize
-from dsv4_compile.ops.dispatch.wgmma_w4 import TILE_TOKENS
+from dsv4_compile.ops.dispatch.wgmma_w4 import BLOCK_ROWS, TILE_TOKENS
 from dsv4_compile.ops.kernels.device import require_hopper, sm_count
 
 OP = "nvfp4_moe"
@@ -51,13 +51,26 @@ class Plan:
         return f"decode {'x'.join(map(str, self.block))}, tiles of {self.tile_rows}"
 
 
-def tile_rows_of(rows: int, experts: int) -> int:
-    """Rows of a tile for that many routed rows: what holds the rows of most experts that are hit.
+def tile_rows_of(rows: int, groups: int, row_blocks: int, sms: int, are_equal: bool = False) -> int:
+    """Rows of a tile.
 
-    Measured, 256 experts (benchmarks/sweep_wgmma.py): with 6 rows each 16 are fastest, with 24 rows 32, with 96 rows
-    128. The other limits have not been measured.
+    The fewest with which a multiprocessor has at most one tile, whatever the sizes of the groups; else what holds the
+    rows of most groups. Measured (benchmarks/sweep_wgmma.py): 8 groups of 16 to 512 rows, 1024 weight rows each; and
+    256 experts, where with 6 rows each tiles of 16 are fastest, with 24 rows 32, with 48 rows 64, with 72 and 96 rows
+    128, with 192 rows 256.
+
+    Args:
+        rows: routed rows.
+        groups: of which each row takes one.
+        row_blocks: blocks of 128 weight rows.
+        sms: multiprocessors.
+        are_equal: the groups are equal in size.
     """
-    average = rows / max(1, min(rows, experts))
+    for tile_rows in TILE_TOKENS:
+        tiles = groups * -(-rows // groups // tile_rows) if are_equal else max_tiles(rows, groups, tile_rows)
+        if tiles * row_blocks <= sms:
+            return tile_rows
+    average = rows / max(1, min(rows, groups))
     for limit, tile_rows in ((8, 16), (24, 32), (48, 64), (160, 128)):
         if average <= limit:
             return tile_rows
@@ -167,14 +180,15 @@ def plan_of(
     ):
         return Plan("unaligned", UNALIGNED_TILE_ROWS)
     read_by_decode = decode_mm.is_mappable(gate_up_codes, gate_up_block_scales, down_codes, down_block_scales)
-    question = _question(rows, tokens == 1, experts, hidden, intermediate, read_by_decode)
+    sms = sm_count(gate_up_codes)
+    question = _question(rows, tokens == 1, experts, hidden, intermediate, read_by_decode, sms)
     plan: Plan = tuning.answer(question, gate_up_codes)
     return plan
 
 
 @functools.lru_cache(maxsize=4096)
 def _question(
-    rows: int, is_one_token: bool, experts: int, hidden: int, intermediate: int, read_by_decode: bool
+    rows: int, is_one_token: bool, experts: int, hidden: int, intermediate: int, read_by_decode: bool, sms: int
 ) -> tuning.Question:
     """The plans that run a shape: the decode kernel's where activations fit beside a ring of weights."""
 
@@ -184,7 +198,9 @@ def _question(
 
     # The rows of one token have an expert each.
     tile_rows = 1 if is_one_token else decode_choice.GROUPED_TILE_ROWS
-    plans = grouped_plans(rows, experts, tile_rows, fits if read_by_decode else None)
+    row_blocks = -(-max(2 * intermediate, hidden) // BLOCK_ROWS)
+    wgmma_rows = tile_rows_of(rows, experts, row_blocks, sms)
+    plans = grouped_plans(rows, experts, tile_rows, wgmma_rows, fits if read_by_decode else None)
     key = (
         f"experts {tuning.bucket(rows)} rows of {experts} x {hidden} x {intermediate}"
         f"{' one token' if is_one_token else ''}{'' if read_by_decode else ' gaps'}"
@@ -196,6 +212,7 @@ def grouped_plans(
     rows: int,
     experts: int,
     tile_rows: int,
+    wgmma_rows: int,
     fits: Callable[[Plan], bool] | None,
     decode_average_rows: int = DECODE_AVERAGE_ROWS,
 ) -> list[Plan]:
@@ -205,12 +222,13 @@ def grouped_plans(
         rows: routed rows.
         experts: of which each row takes one.
         tile_rows: of the decode kernel's tiles.
+        wgmma_rows: of the other's, see :func:`tile_rows_of`.
         fits: whether the decode kernel runs a plan; None where it cannot read the weights.
         decode_average_rows: of a group that is hit, up to which the decode kernel is the table's choice.
     """
     hit = max(1, min(rows, experts))
-    wgmma = [Plan("wgmma", tile_rows_of(rows, experts))]
-    wgmma += [Plan("wgmma", tile) for tile in TILE_TOKENS if tile != wgmma[0].tile_rows]
+    wgmma = [Plan("wgmma", wgmma_rows)]
+    wgmma += [Plan("wgmma", tile) for tile in TILE_TOKENS if tile != wgmma_rows]
     if fits is None or rows > TUNED_DECODE_AVERAGE_ROWS * hit:
         return wgmma
     first = decode_choice.grouped_block(rows)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsv4_compile import nvfp4
+from dsv4_compile.ops.dispatch.nvfp4_moe import tile_rows_of
 from dsv4_compile.ops.registration import CUDA_IMPLEMENTATIONS
 from tests.kernels.emulation import (
     LAYOUTS,
@@ -91,13 +92,30 @@ def test_any_case(step: int, most_rows: int) -> None:
         assert launched & {"decode_mm.swiglu", "wgmma_w4.swiglu"}
 
 
+@pytest.mark.parametrize(
+    ("rows", "groups", "row_blocks", "are_equal", "expected"),
+    [
+        *(
+            (8 * rows, 8, 8, True, tile)
+            for rows, tile in ((16, 16), (17, 16), (33, 32), (65, 64), (129, 128), (512, 256))
+        ),
+        (8 * 64, 8, 8, False, 64),  # tiles of 32 rows: 24 at most, of 8 blocks each
+        (8 * 4096, 8, 8, True, 256),
+        *((rows, 256, 32, False, tile) for rows, tile in ((1536, 16), (6144, 32), (12288, 64), (24576, 128))),
+    ],
+)
+def test_tile_rows(rows: int, groups: int, row_blocks: int, are_equal: bool, expected: int) -> None:
+    """Guards against few large tiles that leave most multiprocessors idle, and small ones that take several waves."""
+    assert tile_rows_of(rows, groups, row_blocks, 132, are_equal) == expected
+
+
 # Slots up to one CTA that compares all, one CTA that counts, a cluster; averages on both sides of each tile size.
 @pytest.mark.parametrize("tokens", [1, 8, 32, 33, 65, 100, 520, 1100])
 def test_every_size_of_tile(tokens: int) -> None:
     """Guards against a schedule made for other tiles than those that the products walk."""
-    for width, position in ((256, "before_down"), (16, "after_down")):
+    for width, position, sms in ((256, "before_down", 8), (256, "after_down", 132), (16, "after_down", 132)):
         case = Case(tokens, 2, 3, width, width, "any", position, is_token=True)
-        assert_as_on_cpu(OP, *arguments(case))
+        assert_as_on_cpu(OP, *arguments(case), sms=sms)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40, 200])
