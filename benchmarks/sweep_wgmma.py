@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,7 +25,7 @@ from harness import measure_peaks, record
 from sweep_decode_mm import EXPERTS, HIDDEN, INTERMEDIATE, SHAPES, TOP_K, random_weights
 
 from dsv4_compile import nvfp4
-from dsv4_compile.ops import nvfp4_grouped_mm, nvfp4_moe
+from dsv4_compile.ops import nvfp4_grouped_mm, nvfp4_mm, nvfp4_moe, nvfp4_weight_mm
 from dsv4_compile.ops.dispatch import grouped_wgmma, tuning
 from dsv4_compile.ops.dispatch.interleave import InterleaveConfig, interleave
 from dsv4_compile.ops.dispatch.nvfp4_moe import Plan
@@ -33,8 +34,11 @@ from dsv4_compile.timing import copies_beyond_l2, time_variants
 
 BYTES_A_WEIGHT = 0.5625
 # Tile, k groups, CTAs a multiprocessor, teams: those whose rings and registers fit.
-SHARES = ((64, 1, 2, 1), (64, 2, 1, 1), (128, 2, 1, 1), (128, 1, 1, 1), (128, 1, 1, 2), (256, 1, 1, 1))
-SPLITS = {64: (1, 2, 3, 4), 128: (1, 2, 3), 256: (1, 2)}
+SHARES = (
+    (16, 1, 3, 1), (16, 2, 1, 1), (32, 1, 2, 1), (32, 2, 1, 1), (64, 1, 2, 1), (64, 2, 1, 1), (128, 2, 1, 1),
+    (128, 1, 1, 1), (128, 1, 1, 2), (256, 1, 1, 1),
+)  # fmt: skip
+SPLITS = {16: (1, 2, 3, 4), 32: (1, 2, 3, 4), 64: (1, 2, 3, 4), 128: (1, 2, 3), 256: (1, 2)}
 EXPERT_SHARES = (
     (16, 1, 3, 1), (16, 2, 1, 1), (32, 1, 2, 1), (32, 2, 1, 1), (64, 1, 2, 1), (64, 2, 1, 1), (64, 1, 1, 2),
     (128, 2, 1, 1), (128, 1, 1, 1), (128, 1, 1, 2), (256, 1, 1, 1),
@@ -81,7 +85,8 @@ def sweep_dense(rows: int, k: int, tokens: int, activation: str) -> list[dict[st
     variants: dict[Any, list[Callable[[], Any]]] = {}
     expected = None
     for config in dense_configs(activation):
-        if not fits(config, tokens, [rows], x) or k // 256 < config.splits:
+        is_near = tokens / 8 <= config.tile_tokens < max(64, 4 * tokens)
+        if not is_near or not fits(config, tokens, [rows], x) or k // 256 < config.splits:
             continue
         out.fill_(float("nan"))
         call(config, weights[0])
@@ -89,6 +94,9 @@ def sweep_dense(rows: int, k: int, tokens: int, activation: str) -> list[dict[st
         error = float((out.double() - expected.double()).norm() / expected.double().norm())
         assert error < 4e-3, f"{config}: relative error {error}"
         variants[name_of(config)] = [lambda c=config, w=weight: call(c, w) for weight in weights]
+    op = nvfp4_weight_mm if activation == "bf16" else functools.partial(nvfp4_mm, *operand)
+    given = (x,) if activation == "bf16" else ()
+    variants["as dispatched"] = [lambda w=w: op(*given, [w[0]], [w[1]], [one]) for w in weights]
     variants["interleaving alone"] = [lambda: interleave(*operand[:2])] * 8
     plain = [torch.randn(rows, k, device="cuda", dtype=torch.bfloat16) for _ in range(max(2, copies // 4))]
     variants["cublas_bf16"] = [lambda w=weight: torch.mm(x, w.T) for weight in plain]
