@@ -9,7 +9,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
 from dsv4_compile import nvfp4, quantize_
-from dsv4_compile.testing import Rewritten, capture
+from tests.passes.programs import capture_one
 
 S, E, N, K = 6, 4, 48, 32
 IDS = torch.tensor([2, 0, 3, 3, 2, 0])  # no row for expert 1
@@ -47,11 +47,6 @@ def experts(n: int = N, k: int = K) -> Tensor:
 
 def rows() -> Tensor:
     return torch.randn(S, K, dtype=torch.bfloat16)
-
-
-def capture_one(model: Callable[..., Any], *inputs: Tensor, **kwargs: Any) -> tuple[Any, Rewritten]:
-    result, (graph,) = capture(model, *inputs, **kwargs)
-    return result, graph
 
 
 def grouped(w: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
