@@ -1,5 +1,6 @@
 """Memory that loading takes: the new tensors, and what two stored ones take."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,33 +9,25 @@ import pytest
 import torch
 from torch import nn
 
-from tests.checkpoint import stored
+from tests.checkpoint import peak_memory, stored
 
 EXPERTS, HIDDEN, INTERMEDIATE = 24, 1024, 512
 
-# The kernel's own high-water mark of resident pages, reset before the load: no sampling, mapped pages counted too.
 LOAD = """
-import gc, sys
+import sys
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[3])
 from dsv4_compile.checkpoint import load_checkpoint
+from tests.checkpoint.peak_memory import peak_bytes
 from tests.checkpoint.test_memory import Model, num_bytes
-
-def resident(field):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
 
 with torch.device("meta"):
     model, small = Model().bfloat16(), Model(2).bfloat16()
 load_checkpoint(small, sys.argv[2], fp8=sys.argv[4])  # libraries and thread pools are not the loader's
 del small
-gc.collect()
-with open("/proc/self/clear_refs", "w") as clear:
-    clear.write("5")
-before = resident("VmRSS")
-load_checkpoint(model, sys.argv[1], fp8=sys.argv[4])
-print(resident("VmHWM") - before, num_bytes(model))
+peak = peak_bytes(lambda: load_checkpoint(model, sys.argv[1], fp8=sys.argv[4]))
+print(peak, num_bytes(model))
 """
 
 
@@ -76,7 +69,7 @@ def write(folder: Path, model: Model, span: int) -> int:
     return max(value.nbytes for value in tensors.values())
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's accounts of memory")
+@pytest.mark.skipif(not peak_memory.RESET.exists(), reason="reads Linux's accounts of memory")
 @pytest.mark.parametrize(("fp8", "span"), [("bfloat16", 0), ("nvfp4", 30)], ids=["as stored", "quantised anew"])
 def test_peak_memory(fp8: str, span: int, tmp_path: Path) -> None:
     """Guards against stacked bf16 experts (3.6 times the packed ones), a second packed copy, pages mapped and kept."""
@@ -85,7 +78,8 @@ def test_peak_memory(fp8: str, span: int, tmp_path: Path) -> None:
     largest = write(tmp_path / "whole", whole, span)
     write(tmp_path / "small", small, span)
     arguments = [str(tmp_path / "whole"), str(tmp_path / "small"), str(Path(__file__).parents[2]), fp8]
-    run = subprocess.run([sys.executable, "-c", LOAD, *arguments], capture_output=True, text=True, check=False)
+    command, environment = [sys.executable, "-c", LOAD, *arguments], os.environ | peak_memory.ENVIRONMENT
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     peak, loaded = map(int, run.stdout.split())
     q_b_proj = 4096 * HIDDEN * 2 if fp8 == "bfloat16" else 4096 * HIDDEN * 9 // 16 + 4

@@ -20,7 +20,7 @@ from torch import Tensor
 from dsv4_compile import Nvfp4Tensor, cli, nvfp4, quantize_
 from dsv4_compile.checkpoint import CheckpointError, inspect, load_checkpoint
 from dsv4_compile.checkpoint.quantize import quantize_checkpoint
-from tests.checkpoint import stored
+from tests.checkpoint import peak_memory, stored
 from tests.checkpoint.models import empty_model
 
 
@@ -281,21 +281,14 @@ def test_non_finite_left_alone_is_reported(tmp_path: Path) -> None:
 QUANTIZE = """
 import sys
 from dsv4_compile.checkpoint.quantize import quantize_checkpoint
-
-def resident(field):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+from tests.checkpoint.peak_memory import peak_bytes
 
 quantize_checkpoint(sys.argv[1], sys.argv[2] + "/small")  # libraries are not the quantiser's
-with open("/proc/self/clear_refs", "w") as clear:
-    clear.write("5")
-before = resident("VmRSS")
-quantize_checkpoint(sys.argv[3], sys.argv[2] + "/large", shard_bytes=8 << 20)
-print(resident("VmHWM") - before)
+print(peak_bytes(lambda: quantize_checkpoint(sys.argv[3], sys.argv[2] + "/large", shard_bytes=8 << 20)))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's accounts of memory")
+@pytest.mark.skipif(not peak_memory.RESET.exists(), reason="reads Linux's accounts of memory")
 def test_peak_memory(small: Path, tmp_path: Path) -> None:
     """Guards against a stacked parameter that is read whole, files kept in memory, and sources mapped and kept."""
     experts = {
@@ -305,10 +298,11 @@ def test_peak_memory(small: Path, tmp_path: Path) -> None:
     large = stored.write(tmp_path / "source", experts)
     root = Path(__file__).parents[2]
     command = [sys.executable, "-W", "ignore", "-c", QUANTIZE, str(small), str(tmp_path), str(large)]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "2"}
+    environment = os.environ | peak_memory.ENVIRONMENT | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "2"}
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, cwd=root)
     # Two files, one weight of 1 MiB and its half of the read-ahead, two threads' buffers of 2.5 MiB each: 24 MiB.
-    assert int(output.stdout) < 40 << 20 < sum(value.nbytes for value in experts.values()) / 3
+    # The lower bound is one of the files: less, and something else was measured.
+    assert 8 << 20 < int(output.stdout) < 40 << 20 < sum(value.nbytes for value in experts.values()) / 3
 
 
 def test_command(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

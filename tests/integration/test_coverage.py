@@ -180,4 +180,5 @@ def test_blocks_are_closer_to_the_emulation_than_to_bf16(subject: Subject, emula
         assert "dequantize" not in graph.after, path
         figures[path] = (sqnr_db(emulation, compiled), sqnr_db(emulation, reference))
     margins = {path: emulation - reference for path, (emulation, reference) in figures.items()}
-    assert {path: db for path, db in margins.items() if db < (5 if path.endswith("self_attn") else 8)} == {}
+    # Of attention with other weights and inputs it was 3.4 dB at least; a block left in bf16 has none.
+    assert {path: db for path, db in margins.items() if db < (2 if path.endswith("self_attn") else 8)} == {}

@@ -132,7 +132,8 @@ def test_attention_is_closer_to_the_emulation_than_to_bf16(
         emulation = emulate(attention)(*args, **kwargs)[0]
     compiled, (graph,) = capture(lambda: attention(*args, **kwargs)[0])
     assert graph.counts["linear"] == sum(type(module) is nn.Linear for module in attention.modules())
-    assert sqnr_db(emulation, compiled) >= sqnr_db(emulation, reference) + 5
+    # Of 45 blocks with other weights and inputs the margin was 3.4 dB at least; a block left in bf16 has none.
+    assert sqnr_db(emulation, compiled) >= sqnr_db(emulation, reference) + 2
 
 
 @pytest.mark.parametrize("make", [lambda: shared_expert(256, 128), biased_sequential], ids=["expert", "sequential"])

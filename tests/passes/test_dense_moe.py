@@ -1,17 +1,13 @@
 """Dense MoE: all experts on all tokens become the top-k that count, where the graph proves that no other does."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
-from dsv4_compile.testing import Rewritten, capture
 from tests.passes.moe_programs import emulated
-from tests.passes.programs import sqnr_db
+from tests.passes.programs import capture_one, sqnr_db
 
 E, T, H, I, TOP_K = 5, 8, 64, 32, 2  # noqa: E741
 GRANULARITIES = ("tensor", "tensor_pow2", "token")
@@ -60,11 +56,6 @@ class Dense(nn.Module):
 
 def inputs() -> tuple[Tensor, Tensor]:
     return torch.randn(T, H, dtype=torch.bfloat16), torch.randn(T, E).softmax(dim=-1).bfloat16()
-
-
-def capture_one(model: Callable[..., Any], *arguments: Tensor, **kwargs: Any) -> tuple[Any, Rewritten]:
-    result, (graph,) = capture(model, *arguments, **kwargs)
-    return result, graph
 
 
 class Repeated(Dense):

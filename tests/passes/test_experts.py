@@ -9,7 +9,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
 from dsv4_compile import nvfp4, quantize_
-from dsv4_compile.testing import Rewritten, capture
+from tests.passes.programs import capture_one
 
 S, E, N, K = 6, 4, 48, 32
 IDS = torch.tensor([2, 0, 3, 3, 2, 0])  # no row for expert 1
@@ -47,11 +47,6 @@ def experts(n: int = N, k: int = K) -> Tensor:
 
 def rows() -> Tensor:
     return torch.randn(S, K, dtype=torch.bfloat16)
-
-
-def capture_one(model: Callable[..., Any], *inputs: Tensor, **kwargs: Any) -> tuple[Any, Rewritten]:
-    result, (graph,) = capture(model, *inputs, **kwargs)
-    return result, graph
 
 
 def grouped(w: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
@@ -140,7 +135,7 @@ def test_other_activation_between(form: Callable[..., Tensor], activation: str) 
 EDITS: dict[str, tuple[Callable[..., Tensor], Tensor]] = {
     "offsets shifted": (lambda w, x, o: grouped(w, x, o - 1), OFFSETS),
     "ids shifted": (lambda w, x, i: gathered(w, x, (i + 1) % E), IDS),
-    "ids reversed": (lambda w, x, i: gathered(w, x, i.flip(0)), IDS),
+    "ids reversed": (lambda w, x, i: gathered(w, x, i.flip(0)), IDS.roll(1)),  # another expert in each row
     "weight twice": (lambda w, x, i: gathered(2 * w, x, i), IDS),
     "experts reversed": (lambda w, x, i: gathered(w.flip(0), x, i), IDS),
     "rows reversed": (lambda w, x, i: gathered(w, x.flip(0), i), IDS),
@@ -153,10 +148,11 @@ def test_edited_model_gives_its_own_answer(edit: str) -> None:
     form, index = EDITS[edit]
     x, weight = rows(), experts()
     result, _ = capture_one(Model(form, weight), x, index)
-    # Quantised operands against exact ones: 4 bits, about 10 % of each term, less in a sum.
-    expected = form(weight, x, index)
-    assert (result - expected).abs().max() < 0.3 * expected.abs().max()
-    assert (result - product(x, weight, IDS)).abs().max() > 0.5 * product(x, weight, IDS).abs().max()
+    # Quantised operands against exact ones: 4 bits, about 10 % of each factor. Over all rows, which no single sum decides:
+    # of 2000 draws, 0.19 at most, and 0.99 at least from the model that was not edited.
+    expected, unedited = form(weight, x, index), product(x, weight, index)
+    assert (result - expected).norm() < 0.25 * expected.norm()
+    assert (result - unedited).norm() > 0.5 * unedited.norm()
 
 
 def test_offsets_shifted() -> None:

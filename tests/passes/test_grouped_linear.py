@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
 
 from dsv4_compile import nvfp4, quantize_
-from dsv4_compile.testing import Rewritten, capture
+from tests.passes.programs import capture_one
 
 G, M, N, K = 4, 3, 16, 32
 
@@ -43,11 +43,6 @@ def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def rows() -> Tensor:
     """Groups of different size, so that reading another group's shows."""
     return (randn(G, N, K) * torch.logspace(-0.5, 0.5, G).view(-1, 1, 1)).bfloat16().view(G * N, K)
-
-
-def capture_one(model: Callable[..., Any], *inputs: Tensor, **kwargs: Any) -> tuple[Any, Rewritten]:
-    result, (graph,) = capture(model, *inputs, **kwargs)
-    return result, graph
 
 
 FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -10,22 +10,10 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
 from dsv4_compile import nvfp4, quantize_
-from dsv4_compile.testing import Rewritten, capture
+from dsv4_compile.testing import capture
+from tests.passes.programs import Model, capture_one
 
 K = 64
-
-
-class Model(nn.Module):
-    """A function of itself and its inputs, with parameters by name."""
-
-    def __init__(self, function: Callable[..., Any], **parameters: Tensor) -> None:
-        super().__init__()
-        self.function = function
-        for name, value in parameters.items():
-            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.function(self, *inputs)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -39,11 +27,6 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(*shape, dtype=dtype)
-
-
-def capture_one(model: Callable[..., Any], *inputs: Tensor, **kwargs: Any) -> tuple[Any, Rewritten]:
-    result, (graph,) = capture(model, *inputs, **kwargs)
-    return result, graph
 
 
 def two_linears(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:

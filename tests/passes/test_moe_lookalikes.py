@@ -26,14 +26,13 @@ from tests.passes.programs import capture_one, sqnr_db
 
 def run(steps: type[Steps], implementation: str, *, fires: bool) -> tuple[Any, Any, Tensor, Rewritten]:
     """The compiled model's result, its emulation, the emulation of the unedited one, and the graph."""
-    module = v4_experts(implementation)
-    gate_up, down = module.gate_up_proj.data, module.down_proj.data
-    for _ in range(20):  # until the edit shows: of all routings a third hide that the smallest expert is left out
-        inputs = routing()
+    for _ in range(60):  # until the edit shows: that the smallest expert is left out, one draw in four shows
+        module, inputs = v4_experts(implementation), routing()
+        gate_up, down = module.gate_up_proj.data, module.down_proj.data
         edited, unedited = (
             getattr(kind(gate_up, down, emulate=True), implementation)(*inputs) for kind in (steps, Steps)
         )
-        if sqnr_db(edited, unedited) < OTHER_DB:
+        if steps is Steps or sqnr_db(edited, unedited) < OTHER_DB:
             break
     result, graph = capture_one(Model(steps, implementation, gate_up, down), *inputs)
     assert ("moe" in graph.counts) == ("dsv4.nvfp4_moe(" in graph.after) == fires
@@ -41,9 +40,11 @@ def run(steps: type[Steps], implementation: str, *, fires: bool) -> tuple[Any, A
     return result, edited, unedited, graph
 
 
-# With NVFP4 operands fixed, what is left is bf16 against fp32 between the products: 2^-9 of gate and up, which moves
-# few codes of the second quantisation, each by an eighth at least: around 30 dB. Another model is below 10 dB.
-SAME_DB, OTHER_DB = 20.0, 12.0
+# With NVFP4 operands fixed, what is left is bf16 against fp32 between the products: 2^-9 of gate and up. It moves few codes
+# of the second quantisation, around 40 dB, or the global scale, and with it many: of 4350 draws, 15.9 dB at least. An edited
+# model is tested where it is below 7 dB of the other: who gives the other's answer is then below 10.2 dB of its own,
+# 0.447 / 1.447.
+SAME_DB, OTHER_DB = 14.0, 7.0
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -233,7 +234,7 @@ def test_edited_model_gives_its_own_answer(implementation: str, steps: type[Step
     assert graph.after.count("dsv4.nvfp4_grouped_mm(") == 2
     assert sqnr_db(result, edited) > SAME_DB
     assert sqnr_db(edited, unedited) < OTHER_DB
-    assert sqnr_db(result, unedited) < OTHER_DB
+    assert sqnr_db(result, unedited) < SAME_DB
 
 
 def test_weights_of_another_shape() -> None:
@@ -312,5 +313,5 @@ def test_clamps(implementation: str, steps: type[Steps]) -> None:
     else:
         assert f", {limit}, 'after_down', 'tensor', bf16)" in graph.after
     assert sqnr_db(result, edited) > SAME_DB
-    assert sqnr_db(edited, unedited) < SAME_DB
+    assert sqnr_db(edited, unedited) < OTHER_DB
     assert sqnr_db(result, unedited) < SAME_DB

@@ -12,7 +12,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RMSNo
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from dsv4_compile import nvfp4
-from dsv4_compile.testing import Rewritten, capture
+from tests.passes.programs import capture_one
 
 M, N, K = 8, 32, 64
 EPS = 0.25  # large, so that leaving it out, or putting it elsewhere, changes the answer
@@ -59,11 +59,6 @@ def assert_close(result: Tensor, expected: Tensor) -> None:
     """
     scale = expected.double().square().mean().sqrt()
     assert (result.double() - expected.double()).abs().max() < 0.08 * scale
-
-
-def capture_one(model: Callable[..., Any], *inputs: Tensor, **kwargs: Any) -> tuple[Any, Rewritten]:
-    result, (graph,) = capture(model, *inputs, **kwargs)
-    return result, graph
 
 
 def variance(x: Tensor) -> Tensor:
