@@ -85,7 +85,7 @@ def sweep_dense(rows: int, k: int, tokens: int, activation: str) -> list[dict[st
     variants: dict[Any, list[Callable[[], Any]]] = {}
     expected = None
     for config in dense_configs(activation):
-        is_near = tokens / 8 <= config.tile_tokens < max(64, 4 * tokens)
+        is_near = tokens / 8 <= config.tile_tokens <= max(64, 1.5 * tokens)
         if not is_near or not fits(config, tokens, [rows], x) or k // 256 < config.splits:
             continue
         out.fill_(float("nan"))
@@ -94,7 +94,7 @@ def sweep_dense(rows: int, k: int, tokens: int, activation: str) -> list[dict[st
         error = float((out.double() - expected.double()).norm() / expected.double().norm())
         assert error < 4e-3, f"{config}: relative error {error}"
         variants[name_of(config)] = [lambda c=config, w=weight: call(c, w) for weight in weights]
-    op = nvfp4_weight_mm if activation == "bf16" else functools.partial(nvfp4_mm, *operand)
+    op = nvfp4_weight_mm if activation == "bf16" else functools.partial(nvfp4_mm, codes, scales, scale)
     given = (x,) if activation == "bf16" else ()
     variants["as dispatched"] = [lambda w=w: op(*given, [w[0]], [w[1]], [one]) for w in weights]
     variants["interleaving alone"] = [lambda: interleave(*operand[:2])] * 8

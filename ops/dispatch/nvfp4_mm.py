@@ -14,7 +14,15 @@ from dsv4_compile.ops.dispatch import decode_choice, decode_mm, fresh_weights, t
 from dsv4_compile.ops.dispatch.alignment import aligned
 from dsv4_compile.ops.dispatch.expand import expand
 from dsv4_compile.ops.dispatch.interleave import interleave
-from dsv4_compile.ops.dispatch.wgmma_choice import INTERLEAVED_TOKENS, Activation, Part, config_of, plan
+from dsv4_compile.ops.dispatch.wgmma_choice import (
+    FEW_ELEMENTS,
+    FEW_TOKENS,
+    INTERLEAVED_TOKENS,
+    Activation,
+    Part,
+    config_of,
+    plan,
+)
 from dsv4_compile.ops.dispatch.wgmma_w4 import OUT_DTYPE_NAMES, STAGE_K, is_mappable, launch_dense
 from dsv4_compile.ops.kernels.device import require_hopper, sm_count
 
@@ -168,7 +176,10 @@ def _question(
         f"product {tuning.bucket(tokens)} x {rows} x {k} {activation} {decode_mm.OUT_DTYPE_NAMES[out_dtype]}"
         f"{' bias' if has_bias else ''}{'' if read_by_decode else ' gaps'}"
     )
-    return tuning.Question(key, variants, PLAN if default is None else default.block_name)
+    is_many = tokens > FEW_TOKENS and sum(weight_rows) * k > FEW_ELEMENTS
+    if default is None or (read_by_wgmma and is_many):
+        return tuning.Question(key, variants, PLAN)
+    return tuning.Question(key, variants, default.block_name)
 
 
 def _multiply_wgmma(

@@ -10,6 +10,9 @@ from dsv4_compile.ops.dispatch.wgmma_w4 import STAGE_K, Config, clusters_of, num
 
 Activation = Literal["f16", "bf16"]
 LAUNCH_US = 2.0  # from one kernel's end to the next one's first product, with its last store
+# More tokens and a larger weight than these are faster here than on the decode kernel (measured at 24 and 32 tokens:
+# weights of 2^25 elements and more are, one of 2^24 is not).
+FEW_TOKENS, FEW_ELEMENTS = 16, 24 << 20
 INTERLEAVED_TOKENS = 64  # of a bf16 activation, up to which that is worth a launch; a packed one is decoded anyway
 
 
@@ -37,8 +40,11 @@ class Variant:
         return f"wgmma {self.tile_tokens} tokens, {self.k_groups} K groups, {ctas} CTAs, {self.splits} splits"
 
 
-# H100, 2026-11-26, fitted to benchmarks/sweep_wgmma.py at 48 to 2048 tokens.
+# H100, 2026-11-26, fitted to benchmarks/sweep_wgmma.py at 24 to 2048 tokens.
 VARIANTS = (
+    Variant(32, 1, 2, 1, (1.95, 0.4), (2.05, 0.4)),
+    Variant(32, 1, 2, 4, (1.95, 1.0), (2.05, 1.5)),
+    Variant(32, 2, 1, 2, (1.11, 1.6), (1.13, 2.4)),
     Variant(64, 2, 1, 1, (0.97, 1.95), (1.10, 1.95)),
     Variant(64, 2, 1, 2, (1.15, 2.6), (1.20, 2.25)),
     Variant(64, 2, 1, 3, (1.03, 3.0), (1.06, 3.7)),
