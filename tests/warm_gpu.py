@@ -173,8 +173,7 @@ def all_kernels() -> list[Kernel]:
         *test_nvfp4_moe_gpu.wanted_kernels(),
         *test_nvfp4_grouped_mm_gpu.wanted_kernels(),
         *((f"sm90.{op}", config) for op, config in test_sm90_quantizers.quantizers()),
-        *(("sm90.wgmma_w4", config) for config in (*wgmma.CONFIGS, *wgmma.ONE_HOT, *wgmma.NON_FINITE)),
-        ("sm90.wgmma_w4", wgmma.grouped_config("swiglu", 64, has_row_scale=False, has_amax=True)),
+        *(("sm90.wgmma_w4", config) for config in wgmma.launched()),
     ]
     return list(
         dict.fromkeys(

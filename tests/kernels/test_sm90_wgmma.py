@@ -45,6 +45,21 @@ CONFIGS = [
 ]
 
 
+def launched() -> list[Config]:
+    """What the GPU tests launch: grouped variants as they are for one wave of tiles, and for more."""
+    grouped = [config for config in CONFIGS if config.mode != "dense"]
+    grouped.append(grouped_config("swiglu", 64, has_row_scale=False, has_amax=True))
+    both = [
+        grouped_config(
+            config.mode, config.tile_tokens, config.out_dtype, is_one_wave=is_one_wave,
+            has_row_scale=config.has_row_scale, has_row_weight=config.has_row_weight, has_amax=config.has_amax,
+        )
+        for config in grouped
+        for is_one_wave in (False, True)
+    ]  # fmt: skip
+    return [*CONFIGS, *ONE_HOT, *NON_FINITE, *both]
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_machine_code(config: Config) -> None:
     """Guards against a spill, an accumulator in local memory, and wgmmas that the compiler serialises or splits.
