@@ -29,6 +29,8 @@ REGISTERS = 64 * 1024  # of a multiprocessor
 
 
 class Geometry:
+    """Sizes and offsets of a configuration, and which tile and weight an index stands for."""
+
     def __init__(self, config, epilogue):
         self.config = config
         self.tokens = config.tile_tokens

@@ -16,6 +16,8 @@ from dsv4_compile.ops.kernels.sm90.wgmma_geometry import (
 
 
 class Loads:
+    """The two producer warps of a configuration."""
+
     def __init__(self, config, geometry):
         self.config = config
         self.geometry = geometry

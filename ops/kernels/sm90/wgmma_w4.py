@@ -2,7 +2,9 @@
 
 Operands are swapped: 64 weight rows are the M side of a warpgroup's wgmma, with A in registers, and the tokens are its
 N side, read from shared memory as TMA wrote them. A CTA has two such warpgroups (128 weight rows) and one whose first
-two warps load: one the weights (codes and block scales, 256 of K a stage), one the activations (64 of K a stage).
+two warps load: one the weights (codes and block scales, 256 of K a stage), one the activations (64 of K a stage). Where
+registers allow, it has two pairs: K groups, which share a tile, each with half of every stage; or teams, which take
+tiles in turn, so that one stores while the other multiplies.
 
 A lane (g, t) of a warp holds rows g and g + 8 of the fragment, of every 16 values of K four in two pairs. The order of
 K is free as long as both operands agree: activations come interleaved (``ops/dispatch/interleave.py``), so that of each
@@ -55,6 +57,8 @@ OUT_DTYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
 
 
 class WgmmaW4:
+    """The kernel of a configuration: entry points, launch, and the products of the consumer warps."""
+
     def __init__(self, config):
         self.config = config
         self.is_grouped = config.mode != "dense"
@@ -456,9 +460,9 @@ class WgmmaW4:
             cute.arch.barrier(barrier_id=TURN_BARRIER + team, number_of_threads=2 * 32 * CONSUMER_WARPS)
 
     @cute.jit
-    def pass_turn(self, team, is_last):
-        """Lets the other team multiply, if this is the last stage and it has a tile."""
-        if is_last:
+    def pass_turn(self, team, is_due):
+        """Lets the other team multiply: due in the last stage of a tile, if another follows."""
+        if is_due:
             cute.arch.barrier_arrive(barrier_id=TURN_BARRIER + 1 - team, number_of_threads=2 * 32 * CONSUMER_WARPS)
 
     def load_piece(self, codes, scales, second, piece):
