@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from dsv4_compile.backend import compile_bound, prepare
 from dsv4_compile.meta_device import meta_constants
+from dsv4_compile.ops.dispatch.wgmma_choice import VARIANTS
 from dsv4_compile.ops.kernels import cache
 from dsv4_compile.ops.kernels.compilation import ARCHITECTURES
 from dsv4_compile.ops.registration import CUDA_IMPLEMENTATIONS, NAMESPACE
@@ -53,8 +54,9 @@ class Call:
 
 
 def token_counts(max_tokens: int = MAX_TOKENS) -> list[int]:
-    """Numbers of tokens for which kernels are looked up: all up to 64, then multiples of 64, the smallest tile."""
-    return sorted({*range(1, min(64, max_tokens) + 1), *range(64, max_tokens + 1, 64), max_tokens})
+    """Numbers of tokens for which kernels are looked up: all up to 64, then multiples of the smallest tile."""
+    smallest = min(variant.tile_tokens for variant in VARIANTS)
+    return sorted({*range(1, min(64, max_tokens) + 1), *range(64, max_tokens + 1, smallest), max_tokens})
 
 
 def model_calls(model: Any, options: Mapping[str, Any] | None = None) -> list[Call]:

@@ -55,7 +55,7 @@ def choose(
     A CTA takes as few rows as still leave one wave of CTAs, so that all of them finish together; where the activations
     do not fit beside a ring of weights, a cluster of CTAs shares K.
     """
-    if not 0 < tokens <= MAX_TOKENS or k % STEP_K or not k:
+    if not _is_readable(tokens, k):
         return None
     rows = sum(weight_rows)
     for shape, splits in _preferred(tokens):
@@ -66,6 +66,10 @@ def choose(
         if config.class_slots(k) >= 1:
             return config
     return None
+
+
+def _is_readable(tokens: int, k: int) -> bool:
+    return 0 < tokens <= MAX_TOKENS and k > 0 and k % STEP_K == 0
 
 
 def _preferred(tokens: int) -> Iterator[tuple[tuple[int, int, int, int], int]]:
@@ -90,7 +94,7 @@ def variants(
     has_row_scale: bool,
 ) -> list[Config]:
     """Dense variants among which the fastest for a shape may be: those that fit, and keep half the device busy."""
-    if not 0 < tokens <= MAX_TOKENS or k % STEP_K or not k:
+    if not _is_readable(tokens, k):
         return []
     found = []
     for block, stage_steps, splits in itertools.product(TUNED_BLOCKS, (1, 2), SPLITS):

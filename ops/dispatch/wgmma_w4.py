@@ -34,8 +34,8 @@ class Config:
         has_row_weight: SwiGLU's result is multiplied by a weight a row.
         has_amax: SwiGLU's largest magnitude is written, one a CTA.
         out_dtype: ``bf16``, ``fp16`` or ``fp32``.
-        ctas_per_sm: CTAs that share a multiprocessor, 1 or 2; 2 for at most 64 tokens a tile.
-        k_groups: pairs of warpgroups that share a tile, 2 of them each with every other 64 of K; 1 for 256 tokens.
+        ctas_per_sm: CTAs that share a multiprocessor: 1, 2 for at most 64 tokens a tile, or 3 for at most 32.
+        k_groups: pairs of warpgroups that share a tile, 2 of them each with half of every 256 of K; 1 for 256 tokens.
         teams: 2 for two pairs of warpgroups that take tiles in turn, so that one stores while the other multiplies; for
             at most 128 tokens a tile, without splits and with one K group.
         group: k16 steps, 2 or 4, that are decoded, then multiplied, together.

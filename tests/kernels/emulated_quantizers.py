@@ -52,7 +52,8 @@ class _Source:
         if self.op == "swiglu_quantize_nvfp4":
             return nvfp4.swiglu(x, self.second.reshape(-1, k), self.scalar)
         if self.op == "rms_norm_quantize_nvfp4":
-            assert factors is not None
+            if factors is None:
+                raise ValueError(f"{self.op}: the factors of the rows are missing")
             y = x.float() * factors.unsqueeze(1)
             if self.config.weight is not None:
                 y = y * self.second.as_strided((k,), (1,)).float()

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from tests.kernels.ptx.access import remote
 from tests.kernels.ptx.barriers import at_shared
 from tests.kernels.ptx.builder import Builder, Step, active, builds
 from tests.kernels.ptx.machine import SHARED_BASE, Cta, Machine, TensorMap
@@ -15,6 +14,9 @@ from tests.kernels.ptx.parser import split_operands
 from tests.kernels.ptx.warp import Array, PtxError, Warp
 
 # Bulk copies
+
+
+OTHERS = "im2col", "gather4", "im2col_no_offs", "multicast::cluster"  # copies that no kernel of ours makes
 
 
 def swizzled(addresses: Array, swizzle: int) -> Array:
@@ -59,14 +61,13 @@ def _cp(b: Builder) -> Step:
     to_shared = b.has("shared::cta", "shared::cluster") and b.has("mbarrier::complete_tx::bytes")
     if b.parts[1:3] == ["async", "bulk"] and b.parts[4:] == ["global", "mbarrier::complete_tx::bytes"] and to_shared:
         return _copy_bytes(b)
-    if b.parts[1:4] != ["async", "bulk", "tensor"] or not to_shared or b.has("im2col", "gather4", "im2col_no_offs"):
+    if b.parts[1:4] != ["async", "bulk", "tensor"] or not to_shared or b.has(*OTHERS):
         raise b.missing()
     target = b.address(b.operands[0])
     map_text, coordinate_text = split_operands(b.operands[1][1:-1])
     map_address = b.address(f"[{map_text}]")
     coordinates = [b.read(text, "s32") for text in b.elements(coordinate_text)]
     barrier = b.address(b.operands[2])
-    multicast = b.read(b.operands[3], "u16") if b.has("multicast::cluster") else None
     machine = b.machine
 
     def copy(w: Warp, m: Any) -> None:
@@ -82,18 +83,12 @@ def _cp(b: Builder) -> Step:
             address, mbarrier = int(target(R)[lane]), int(barrier(R)[lane])
             owner, place_ = at_shared(w, address, "shared")
             signalled, signal = at_shared(w, mbarrier, "shared")
-            ctas = [(owner, signalled)]
-            if multicast is not None:
-                ranks = int(multicast(R)[lane])
-                ctas = [(remote(w.cta, rank + 1),) * 2 for rank in range(16) if ranks >> rank & 1]
-            _copy_tile(w, tensor, at, ctas, place_, signal)
+            _copy_tile(w, tensor, at, owner, signalled, place_, signal)
 
     return copy
 
 
-def _copy_tile(
-    w: Warp, tensor: TensorMap, at: list[int], ctas: list[tuple[Cta, Cta]], place_: int, signal: int
-) -> None:
+def _copy_tile(w: Warp, tensor: TensorMap, at: list[int], owner: Cta, signalled: Cta, place_: int, signal: int) -> None:
     machine = w.machine
     inner = tensor.box[0] * tensor.element_bytes
     size = inner * int(np.prod(tensor.box[1:], dtype=int))
@@ -108,7 +103,7 @@ def _copy_tile(
     index = ((chunks - SHARED_BASE)[:, None] + np.arange(16)).reshape(-1)
     if int(index.max()) >= machine.shared_end - SHARED_BASE or int(index.min()) < 0:
         raise PtxError(f"a swizzled copy of {size} bytes to shared address {place_} leaves the shared memory")
-    _begin(w, ctas, place_, signal, index, lambda: tile(machine, tensor, at))
+    _begin(w, owner, signalled, place_, signal, index, lambda: tile(machine, tensor, at))
 
 
 def _copy_bytes(b: Builder) -> Step:
@@ -131,29 +126,28 @@ def _copy_bytes(b: Builder) -> Step:
             def content(start: int = start, size: int = size) -> Array:
                 return machine.memory.bytes(start, size).copy()
 
-            _begin(w, [(owner, signalled)], place_, signal, index, content)
+            _begin(w, owner, signalled, place_, signal, index, content)
 
     return copy
 
 
 def _begin(
-    w: Warp, ctas: list[tuple[Cta, Cta]], place_: int, signal: int, index: Array, content: Callable[[], Array]
+    w: Warp, owner: Cta, signalled: Cta, place_: int, signal: int, index: Array, content: Callable[[], Array]
 ) -> None:
     """Begins a copy that completes at any time: until then the bytes are 0xFF."""
     size = len(index)
-    for owner, signalled in ctas:
-        signalled.mbarrier(signal)
-        if any(place_ - 8 < barrier < place_ + size for barrier in owner.mbarriers):
-            raise PtxError(f"a copy of {size} bytes to shared address {place_} overwrites an mbarrier")
-        owner.shared[index] = 0xFF
+    signalled.mbarrier(signal)
+    if any(place_ - 8 < barrier < place_ + size for barrier in owner.mbarriers):
+        raise PtxError(f"a copy of {size} bytes to shared address {place_} overwrites an mbarrier")
+    owner.shared[index] = 0xFF
 
-        def complete(owner: Cta = owner, signalled: Cta = signalled) -> None:
-            owner.shared[index] = content()
-            state = signalled.mbarrier(signal)
-            state.transactions -= size
-            state.settle()
+    def complete() -> None:
+        owner.shared[index] = content()
+        state = signalled.mbarrier(signal)
+        state.transactions -= size
+        state.settle()
 
-        if w.machine.random.random() < 0.3:
-            complete()
-        else:
-            w.cta.cluster.copies.append(complete)
+    if w.machine.random.random() < 0.3:
+        complete()
+    else:
+        w.cta.cluster.copies.append(complete)

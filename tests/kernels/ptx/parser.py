@@ -131,10 +131,9 @@ def parse(ptx: str) -> Program:
 
 def _declare(program: Program, scope: Scope, statement: str) -> None:
     if statement.startswith(".reg"):
-        match = re.match(r"\.reg\s+\.(\w+)\s+(.*)$", statement, re.S)
-        assert match is not None
-        dtype = bits_dtype(match[1])
-        for name in match[2].split(","):
+        _, kind, names = statement.split(None, 2)
+        dtype = bits_dtype(kind.removeprefix("."))
+        for name in names.split(","):
             name = name.strip()
             many = re.match(r"(.*)<(\d+)>$", name)
             for each in [name] if many is None else [f"{many[1]}{i}" for i in range(int(many[2]))]:
@@ -164,13 +163,12 @@ def _declare(program: Program, scope: Scope, statement: str) -> None:
 
 def _parse_body(program: Program, text: str) -> None:
     scope, at = Scope(program.scope), 0
-    blank, label = re.compile(r"\s*"), re.compile(r"([$\w.]+)\s*:(?!:)")
+    visible, label = re.compile(r"\S"), re.compile(r"([$\w.]+)\s*:(?!:)")
     while True:
-        space = blank.match(text, at)
-        assert space is not None
-        at = space.end()
-        if at >= len(text):
+        first = visible.search(text, at)
+        if first is None:
             raise ValueError("PTX: the entry does not end")
+        at = first.start()
         if text[at] == "{":
             scope, at = Scope(scope), at + 1
         elif text[at] == "}":
